@@ -1,0 +1,1 @@
+"""The adapter folder (PEFT format and our sidecar) and the hub."""

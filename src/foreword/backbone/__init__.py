@@ -1,0 +1,1 @@
+"""The frozen model: loading, virtual tokens, packed forwards, generation."""

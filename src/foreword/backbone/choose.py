@@ -1,0 +1,103 @@
+"""Which layout a model gets: by what the model is, then proved on a first batch.
+
+Architectures differ in what they do with a 4-D mask, so the choice is checked against plain
+one-row forwards, loss and gradient. A layout that disagrees is not used, and the log says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from foreword.backbone.forward import packed_logprobs, rows_logprobs, shared_logprobs
+from foreword.backbone.load import Backbone
+from foreword.backbone.virtual import VirtualTokens
+from foreword.records import Segment
+
+Layout = Literal["packed", "shared", "rows"]
+
+ALIBI = {"bloom", "mpt"}
+"""Families whose position bias comes from a 2-D mask."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+"""Largest difference of a log-probability; masks that are wrong differ by far more."""
+LOW_PRECISION = 0.15
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout for training and for scoring, with the reason in words."""
+
+    train: Layout
+    score: Layout
+    reason: str
+
+
+def choose_layout(
+    backbone: Backbone, table: torch.Tensor, segments: Sequence[Segment], gradient: bool = True
+) -> Choice:
+    """Tries the layouts on a few short segments, the cheapest first.
+
+    Args:
+        backbone: the model.
+        table: soft prompt rows ``[P, H]``.
+        segments: examples of the task with whole contexts; each the same number of branches.
+        gradient: compare gradients too (training needs them, scoring does not).
+    """
+    kind = str(backbone.config.model_type)
+    if getattr(backbone.model, "_is_stateful", False):
+        return Choice("rows", "rows", f"{kind} is recurrent: right-padded rows")
+    sample = sorted(segments, key=lambda s: s.tokens)[:2]
+    reference = _evaluate(backbone, table, sample, _one_by_one, gradient)
+    alibi = kind in ALIBI or bool(getattr(backbone.config, "alibi", False))
+    if not alibi and _agrees(backbone, table, sample, packed_logprobs, reference):
+        return Choice("packed", "packed", f"{kind} packs: equal to one-row forwards on the first rows")
+    why = "takes its position bias from a 2-D mask" if alibi else "does not take a packed row"
+    if _agrees(backbone, table, sample, shared_logprobs, reference):
+        return Choice("rows", "shared", f"{kind} {why}: right-padded rows, contexts shared in scoring")
+    return Choice("rows", "rows", f"{kind} {why}: right-padded rows")
+
+
+LogProbs = Callable[[Backbone, Sequence[int], Sequence[Segment]], torch.Tensor]
+
+
+def _evaluate(
+    backbone: Backbone,
+    table: torch.Tensor,
+    segments: Sequence[Segment],
+    logprobs: LogProbs,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities ``[M]`` and, if asked for, their sum's gradient in the table ``[P, H]``."""
+    leaf = table.detach().clone().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient), VirtualTokens(backbone.embedding, leaf) as virtual:
+        values = logprobs(backbone, virtual.ids, segments)
+        found = torch.autograd.grad(values.sum(), leaf)[0] if gradient else None
+    return values.detach(), found
+
+
+def _one_by_one(backbone: Backbone, opening: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
+    single = [Segment(s.context, (b,)) for s in segments for b in s.branches]
+    return torch.cat([rows_logprobs(backbone, opening, [s]) for s in single])
+
+
+def _agrees(
+    backbone: Backbone,
+    table: torch.Tensor,
+    segments: Sequence[Segment],
+    logprobs: LogProbs,
+    reference: tuple[torch.Tensor, torch.Tensor | None],
+) -> bool:
+    expected, slope = reference
+    try:
+        values, gradient = _evaluate(backbone, table, segments, logprobs, slope is not None)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+        return False  # the model's forward does not take this layout at all
+    allowed = TOLERANCE.get(backbone.dtype, LOW_PRECISION)
+    if (values - expected).abs().max() > allowed:
+        return False
+    if slope is None or gradient is None:
+        return True
+    return bool((gradient - slope).norm() <= 2 * max(allowed, 1e-4) * slope.norm().clamp(min=1e-12))

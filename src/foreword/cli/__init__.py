@@ -1,0 +1,1 @@
+"""The command line: one file a verb; each imports its work only when it runs."""

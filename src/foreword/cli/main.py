@@ -1,0 +1,44 @@
+"""The entry point: verbs, and errors as three lines with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from foreword.cli import demo, evaluate, generate, predict, preview, push, recipes, show, train
+from foreword.errors import ForewordError
+
+app = typer.Typer(
+    name="foreword",
+    help="Train, score, share and use soft prompts for frozen causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Errors say what, where and how to mend it; --debug anywhere adds the traceback.",
+)
+for verb in (demo.demo, train.train, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
+             show.show, push.push):  # fmt: skip
+    app.command()(verb)
+app.add_typer(recipes.app, name="recipes")
+
+
+def main() -> None:
+    """Runs the command line; the console script."""
+    debug = "--debug" in sys.argv
+    argv = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=argv)
+    except ForewordError as e:
+        if debug:
+            raise
+        sys.stderr.write(f"{e}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

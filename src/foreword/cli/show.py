@@ -1,0 +1,81 @@
+"""``foreword show``: a run in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def show(run: Annotated[str, typer.Argument(help="Run or adapter folder, or hub id.")]) -> None:
+    """Show a run: task, backbone, scores beside their baselines, files."""
+    from rich.console import Console
+
+    from foreword.artifact.hub import locate
+
+    print_run(locate(run), Console())
+
+
+def print_run(folder: Path, console: Console) -> None:
+    """Prints what the folder holds and what to do with it."""
+    from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter
+    from foreword.artifact.sidecar import SIDECAR
+
+    adapter = read_adapter(folder)
+    sidecar = adapter.sidecar
+    files = [folder / f for f in (CONFIG, WEIGHTS, LEGACY_WEIGHTS, SIDECAR, "README.md") if (folder / f).is_file()]
+    weights = next(f for f in files if f.name in (WEIGHTS, LEGACY_WEIGHTS))
+    facts = {
+        "soft prompt": f"{adapter.rows.shape[0]} virtual tokens of width {adapter.rows.shape[1]}",
+        "backbone": sidecar.backbone["name"] if sidecar else adapter.config.get("base_model_name_or_path"),
+        "folder": f"{folder} ({weights.name} {weights.stat().st_size:,} bytes)",
+    }
+    if sidecar:
+        facts["template"] = sidecar.task.template
+        if sidecar.task.classifies:
+            facts["classes"] = ", ".join(sidecar.task.classes)
+        seconds, steps = sidecar.training.get("seconds"), sidecar.training.get("steps")
+        facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"
+    for name, value in facts.items():
+        console.print(f"{name:12} {value}", highlight=False, markup=False, soft_wrap=True)
+    if sidecar and sidecar.scores:
+        print_scores(sidecar.scores, console)
+    elif sidecar:
+        console.print("not scored: give --eval-data, data.eval_fraction=0.2 or data.folds=5", highlight=False)
+    _print_next(folder, bool(sidecar and sidecar.task.classifies), console)
+
+
+def print_scores(scores: Any, console: Console) -> None:
+    """The table of scores with intervals, beside the baselines."""
+    from rich.table import Table
+
+    from foreword.report.card import score_rows
+
+    main = "accuracy" if "accuracy" in scores else "exact match"
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for i, name in enumerate(("", main, "macro-F1", "loss")):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    for row in score_rows(scores):
+        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+    console.print()
+    console.print(table)
+    console.print(
+        f"{scores['n']} rows ({scores['protocol']}); 95 % intervals", highlight=False, markup=False, soft_wrap=True
+    )
+    console.print()
+
+
+def _print_next(folder: Path, classifies: bool, console: Console) -> None:
+    verbs = ["evaluate {} --data test.csv", "predict {} rows.csv --out predictions.csv"] if classifies else []
+    verbs += ['generate {} "some text"', "push {} user/name"]
+    for i, verb in enumerate(verbs):
+        console.print(
+            f"{'next:' if i == 0 else '':6}foreword {verb.format(folder)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

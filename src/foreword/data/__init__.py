@@ -1,0 +1,1 @@
+"""Rows: sources, template, labels, splits, token ids. No torch here."""

@@ -1,0 +1,110 @@
+"""The template: how a row's columns become the context text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foreword.errors import ForewordError, nearest
+from foreword.records import Row
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_CUTS = ("cut-start", "cut")
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column in the template. ``cut``: which end gives way when a row is too long."""
+
+    column: str
+    cut: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template: literals and fields in order."""
+
+    source: str
+    parts: tuple[str | Field, ...]
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The fields in order of appearance."""
+        return tuple(p for p in self.parts if isinstance(p, Field))
+
+    @property
+    def closing(self) -> str:
+        """The literal after the last field, such as ``" Label :"``; may be empty."""
+        return self.parts[-1] if isinstance(self.parts[-1], str) else ""
+
+    def render(self, row: Row) -> str:
+        """The context text of a row."""
+        return "".join(p if isinstance(p, str) else str(row[p.column]) for p in self.parts)
+
+    def cut_field(self, row: Row) -> Field:
+        """The field to shorten: the marked one, else the row's longest, at its end."""
+        marked = [f for f in self.fields if f.cut]
+        if marked:
+            return max(marked, key=lambda f: len(str(row[f.column])))
+        longest = max(self.fields, key=lambda f: len(str(row[f.column])))
+        return Field(longest.column, "cut")
+
+
+def parse(source: str) -> Template:
+    """Parses ``"Tweet text : {Tweet text|cut} Label :"``; ``{{`` and ``}}`` are plain braces.
+
+    Spaces at the very end are dropped: they belong to the target, which is tokenised with
+    its leading separator (a label after ``"Label : "`` is tokenised unlike running text).
+    """
+    parts: list[str | Field] = []
+    literal, at = "", 0
+    for match in _PIECE.finditer(source):
+        literal += source[at : match.start()]
+        at = match.end()
+        token = match.group(0)
+        if token in ("{{", "}}"):
+            literal += token[0]
+        elif match.group(1) is None:
+            raise ForewordError(
+                f"a single '{token}' at character {match.start() + 1}",
+                f"template {source!r}",
+                "write columns as {column}, and {{ or }} for a plain brace",
+            )
+        else:
+            if literal:
+                parts.append(literal)
+            literal = ""
+            parts.append(_field(match.group(1), source))
+    literal = (literal + source[at:]).rstrip(" ")
+    if literal:
+        parts.append(literal)
+    template = Template(source, tuple(parts))
+    if not template.fields:
+        raise ForewordError("the template names no column", f"template {source!r}", "name one, as in '{text} Label :'")
+    return template
+
+
+def default_template(column: str) -> str:
+    """The template when only an input column is given: ``"{COL} Label :"``."""
+    return "{" + column + "} Label :"
+
+
+def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:
+    """Raises with the columns there and the nearest one when a wanted column is missing."""
+    for column in wanted:
+        if column not in there:
+            raise ForewordError(
+                f"no column '{column}'",
+                f"{where} (columns: {', '.join(map(repr, there))})",
+                nearest(column, there) or "name one of those columns",
+            )
+
+
+def _field(inner: str, source: str) -> Field:
+    for cut in _CUTS:
+        if inner.endswith(f"|{cut}"):
+            return Field(inner.removesuffix(f"|{cut}"), cut)
+    if not inner.strip():
+        raise ForewordError("an empty {} names no column", f"template {source!r}", "write {column}")
+    return Field(inner)

@@ -1,0 +1,1 @@
+"""Label scoring, metrics with intervals, baselines."""

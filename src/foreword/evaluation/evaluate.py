@@ -1,0 +1,122 @@
+"""The scores of a soft prompt on labelled rows, always beside its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreword.backbone.choose import Layout
+from foreword.backbone.generate import Sampling, generate
+from foreword.backbone.load import Backbone
+from foreword.evaluation.metrics import classification_scores, interval, token_loss
+from foreword.evaluation.scoring import Floats, classify, target_logprobs
+from foreword.records import Example
+
+GENERATE_BATCH = 16
+Progress = Callable[[int], None]
+
+
+def silent(rows: int) -> None:
+    """Progress nobody looks at."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a soft prompt did on ``n`` rows; scores are computed from it.
+
+    ``logprobs`` ``[n]`` of each row's own target; ``probabilities`` ``[n, C]`` of the classes,
+    or ``matches`` ``[n]`` (greedy text equals the target) for free text.
+    """
+
+    truth: list[int]
+    target_tokens: list[int]
+    logprobs: list[float]
+    probabilities: Floats | None = None
+    matches: Floats | None = None
+
+
+def run_rows(
+    backbone: Backbone,
+    table: torch.Tensor,
+    examples: Sequence[Example],
+    label_ids: Sequence[Sequence[int]],
+    layout: Layout,
+    progress: Progress = silent,
+) -> Outcome:
+    """Runs one soft prompt (``table`` ``[P, H]``; ``[0, H]``: the plain backbone) over labelled rows.
+
+    Classes by likelihood of their label words; free text by its greedy continuation.
+    """
+    tokens = [len(e.target) for e in examples]
+    if not label_ids:
+        logprobs = target_logprobs(backbone, table, examples, layout)
+        return Outcome([], tokens, logprobs, matches=greedy_matches(backbone, table, examples, progress))
+    truth = [e.label or 0 for e in examples]
+    probabilities, branches = classify(backbone, table, [e.context for e in examples], label_ids, layout, progress)
+    own = branches.full[np.arange(len(truth)), truth].tolist()
+    return Outcome(truth, tokens, own, probabilities)
+
+
+def greedy_matches(backbone: Backbone, table: torch.Tensor, examples: Sequence[Example], progress: Progress) -> Floats:
+    """1 where a row's greedy text is its target, white space at the ends aside ``[n]``."""
+    longest = max(len(e.target) for e in examples)
+    matches: list[bool] = []
+    for at in range(0, len(examples), GENERATE_BATCH):
+        batch = examples[at : at + GENERATE_BATCH]
+        texts = generate(backbone, table, [e.context for e in batch], Sampling(max_new_tokens=longest))
+        said = backbone.tokenizer.batch_decode(texts, skip_special_tokens=True)
+        matches += [s.strip() == e.text.strip() for s, e in zip(said, batch, strict=True)]
+        progress(len(batch))
+    return np.asarray(matches, dtype=float)
+
+
+def pooled(outcomes: Sequence[Outcome]) -> Outcome:
+    """The rows of several outcomes as one (the held-out rows of all folds)."""
+    first = outcomes[0]
+    return Outcome(
+        [t for o in outcomes for t in o.truth],
+        [t for o in outcomes for t in o.target_tokens],
+        [x for o in outcomes for x in o.logprobs],
+        None if first.probabilities is None else np.concatenate([o.probabilities for o in outcomes]),  # type: ignore[misc]
+        None if first.matches is None else np.concatenate([o.matches for o in outcomes]),  # type: ignore[misc]
+    )
+
+
+def scores_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
+    """All scores of an outcome with their intervals; loss and perplexity are over target tokens."""
+    loss = token_loss(outcome.logprobs, outcome.target_tokens)
+    if outcome.probabilities is not None:
+        scores = classification_scores(outcome.truth, outcome.probabilities, classes)
+    else:
+        assert outcome.matches is not None
+        hits = outcome.matches
+        scores = {
+            "n": len(hits),
+            "exact_match": float(hits.mean()),
+            "intervals": {"exact_match": interval(len(hits), lambda i: float(hits[i].mean()))},
+        }
+    scores["intervals"]["loss"] = loss.pop("interval")
+    return {**scores, **loss}
+
+
+def majority_baseline(counts: Sequence[int], truth: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+    """Always answers the class with the most training rows (``counts`` ``[C]``)."""
+    winner = int(np.argmax(counts))
+    probabilities = np.zeros((len(truth), len(classes)))
+    probabilities[:, winner] = 1.0
+    scores = classification_scores(truth, probabilities, classes)
+    return {
+        "class": classes[winner],
+        "accuracy": scores["accuracy"],
+        "macro_f1": scores["macro_f1"],
+        "intervals": {k: scores["intervals"][k] for k in ("accuracy", "macro_f1")},
+    }
+
+
+def no_prompt(backbone: Backbone) -> torch.Tensor:
+    """The empty soft prompt ``[0, H]``: the backbone zero-shot with the template alone."""
+    return torch.zeros(0, backbone.hidden_size, device=backbone.device)

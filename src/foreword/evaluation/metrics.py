@@ -1,0 +1,127 @@
+"""Classification metrics with bootstrap intervals.
+
+Definitions as in scikit-learn (tests compare); expected calibration error with 15 bins as in
+Guo et al. 2017 (arXiv 1706.04599); intervals by the percentile bootstrap over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+LEVEL = 0.95
+BINS = 15
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+def confusion_matrix(truth: Ints, predicted: Ints, classes: int) -> Ints:
+    """Counts ``[C, C]``: row = true class, column = predicted class."""
+    return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def accuracy(confusion: Ints) -> float:
+    """Share of rows on the diagonal."""
+    return float(np.trace(confusion) / max(confusion.sum(), 1))
+
+
+def precision_recall_f1(confusion: Ints) -> Floats:
+    """``[C, 3]``: precision, recall and F1 of each class; 0 where undefined."""
+    hits = np.diag(confusion).astype(float)
+    predicted, true = confusion.sum(0), confusion.sum(1)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(true, 1)
+    f1 = 2 * hits / np.maximum(predicted + true, 1)
+    return np.stack([precision, recall, f1], axis=1)
+
+
+def macro_f1(confusion: Ints) -> float:
+    """Mean F1 over the classes that occur, truly or predicted."""
+    present = (confusion.sum(0) + confusion.sum(1)) > 0
+    return float(precision_recall_f1(confusion)[present, 2].mean())
+
+
+def calibration_error(truth: Ints, probabilities: Floats) -> float:
+    """Expected calibration error of the predicted class's probability."""
+    confidence = probabilities.max(1)
+    correct = probabilities.argmax(1) == truth
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    gap = np.bincount(bins, confidence - correct, minlength=BINS)
+    return float(np.abs(gap[counts > 0]).sum() / len(truth))
+
+
+def interval(n: int, statistic: Callable[[Ints], float], seed: int = 0) -> list[float]:
+    """95 % percentile-bootstrap interval of a statistic of row indices ``[n]``."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    values = [statistic(rng.integers(0, n, n)) for _ in range(RESAMPLES)]
+    tail = (1 - LEVEL) / 2
+    return [float(x) for x in np.quantile(values, [tail, 1 - tail])]
+
+
+def classification_scores(truth: Sequence[int], probabilities: Floats, classes: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, macro-F1, per-class figures, confusion and calibration, each with its interval.
+
+    Args:
+        truth: class index of each row ``[n]``.
+        probabilities: ``[n, C]``, each row summing to 1.
+        classes: names, in the order of the columns.
+    """
+    y = np.asarray(truth, dtype=np.int64)
+    predicted = probabilities.argmax(1)
+    count = len(classes)
+
+    def of(i: Ints) -> Ints:
+        return confusion_matrix(y[i], predicted[i], count)
+
+    everything = np.arange(len(y))
+    confusion = of(everything)
+    table = precision_recall_f1(confusion)
+    per_class = {
+        name: {
+            "n": int(confusion[c].sum()),
+            "precision": float(table[c, 0]),
+            "recall": float(table[c, 1]),
+            "f1": float(table[c, 2]),
+            "f1_interval": interval(len(y), lambda i, c=c: float(precision_recall_f1(of(i))[c, 2])),  # type: ignore[misc]
+        }
+        for c, name in enumerate(classes)
+    }
+    return {
+        "n": len(y),
+        "accuracy": accuracy(confusion),
+        "macro_f1": macro_f1(confusion),
+        "calibration_error": calibration_error(y, probabilities),
+        "per_class": per_class,
+        "confusion": {"classes": list(classes), "counts": confusion.tolist()},
+        "intervals": {
+            "accuracy": interval(len(y), lambda i: accuracy(of(i))),
+            "macro_f1": interval(len(y), lambda i: macro_f1(of(i))),
+            "calibration_error": interval(len(y), lambda i: calibration_error(y[i], probabilities[i])),
+        },
+    }
+
+
+def token_loss(logprobs: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
+    """Loss over target tokens (not rows, not batches) and perplexity, with the loss's interval.
+
+    Args:
+        logprobs: summed log-probability of each row's target ``[n]``.
+        tokens: tokens of each target, end token included ``[n]``.
+    """
+    sums, counts = np.asarray(logprobs, dtype=float), np.asarray(tokens, dtype=float)
+
+    def loss(i: Ints) -> float:
+        return float(-sums[i].sum() / counts[i].sum())
+
+    value = loss(np.arange(len(sums)))
+    return {
+        "loss": value,
+        "perplexity": float(np.exp(min(value, 700.0))),
+        "interval": interval(len(sums), loss),
+    }

@@ -1,0 +1,1 @@
+"""What the verbs do: train, evaluate, load and predict, preview."""

@@ -1,0 +1,101 @@
+"""From the configuration to tables and a task: everything that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foreword.config import DataConfig
+from foreword.data.encode import rows_hash
+from foreword.data.labels import build_task, drop_incomplete, label_names
+from foreword.data.sources import read_table, rows_table
+from foreword.data.splits import hold_out, k_folds
+from foreword.data.template import parse, require_columns
+from foreword.records import Row, Table, Task
+
+Source = str | Sequence[Row]
+"""A path or id, or rows already in memory."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The tables of a run. ``protocol`` says in words what the score will be measured on."""
+
+    task: Task
+    train: Table
+    held_out: Table | None
+    validation: Table | None
+    folds: tuple[tuple[list[int], list[int]], ...]
+    protocol: str
+    data_hash: str
+
+
+def read_splits(
+    config: DataConfig, rows: Sequence[Row] | None = None, eval_rows: Sequence[Row] | None = None
+) -> Splits:
+    """Reads all rows and divides them as the configuration says.
+
+    Args:
+        config: the data section.
+        rows: training rows in memory, instead of ``config.path``.
+        eval_rows: held-out rows in memory, instead of ``config.eval_path``.
+    """
+    table = rows_table(rows) if rows is not None else read_table(config.path, config.split, config.revision)
+    if config.drop_incomplete:
+        table = drop_incomplete(table, _columns(config, table))
+    task = build_task(config, table)
+    columns = [f.column for f in parse(task.template).fields]
+    digest = rows_hash(table, [*columns, config.label])
+    labels = label_names(table, config.label, config.classes) if task.classifies else [""] * len(table)
+    held_out, protocol = _held_out(config, eval_rows, columns)
+    train = table
+    if config.eval_fraction:
+        keep, out = hold_out(labels, config.eval_fraction, config.seed)
+        train, held_out = table.pick(keep), table.pick(out)
+        protocol = f"{len(out)} rows held out of {table.origin} (seed {config.seed})"
+        labels = [labels[i] for i in keep]
+    validation = None
+    if config.validation_fraction:
+        keep, out = hold_out(labels, config.validation_fraction, config.seed)
+        train, validation = train.pick(keep), train.pick(out)
+        labels = [labels[i] for i in keep]
+    folds: tuple[tuple[list[int], list[int]], ...] = ()
+    if config.folds:
+        folds = tuple(k_folds(labels, min(config.folds, len(train)), config.seed))
+        protocol = f"{len(folds)}-fold cross-validation on {train.origin} (seed {config.seed})"
+    return Splits(task, train, held_out, validation, folds, protocol, digest)
+
+
+def read_labelled(source: Source, split: str, task: Task, incomplete: bool = False) -> Table:
+    """Labelled rows for scoring a task: a file, a hub split or rows in memory."""
+    table = read_table(source, split) if isinstance(source, str) else rows_table(source)
+    require_columns([task.label_column], table.columns, table.origin)
+    if incomplete:
+        columns = [f.column for f in parse(task.template).fields]
+        table = drop_incomplete(table, [*columns, task.label_column])
+    label_names(table, task.label_column, task.classes)
+    return table
+
+
+def _held_out(config: DataConfig, eval_rows: Sequence[Row] | None, columns: Sequence[str]) -> tuple[Table | None, str]:
+    if eval_rows is not None:
+        table = rows_table(eval_rows, "the held-out rows given")
+    elif config.eval_path or config.eval_split:
+        same = config.eval_path is None
+        split = config.eval_split or ("test" if config.eval_path else config.split)
+        revision = config.revision if same else None
+        table = read_table(config.eval_path or config.path, split, revision)
+    else:
+        return None, ""
+    require_columns([*columns, config.label], table.columns, table.origin)
+    if config.drop_incomplete:
+        table = drop_incomplete(table, [*columns, config.label])
+    label_names(table, config.label, config.classes)
+    return table, f"all {len(table)} rows of {table.origin}"
+
+
+def _columns(config: DataConfig, table: Table) -> list[str]:
+    named = [f.column for f in parse(config.template).fields] if config.template else [config.text or ""]
+    columns = [*named, config.label]
+    require_columns(columns, table.columns, table.origin)
+    return columns

@@ -1,0 +1,232 @@
+"""A soft prompt in use: load, predict, generate, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foreword.artifact.folder import Adapter, read_adapter
+from foreword.artifact.hub import locate
+from foreword.backbone.choose import Layout, choose_layout
+from foreword.backbone.fingerprint import Fingerprint
+from foreword.backbone.generate import Sampling, generate, stream
+from foreword.backbone.load import Backbone, load_backbone
+from foreword.config import ModelConfig
+from foreword.data.encode import Encoder
+from foreword.data.sources import rows_table
+from foreword.data.template import parse
+from foreword.errors import ForewordError
+from foreword.evaluation.evaluate import majority_baseline, no_prompt, run_rows, scores_of, silent
+from foreword.evaluation.scoring import classify
+from foreword.jobs.data import Source, read_labelled
+from foreword.jobs.prepare import make_encoder, memory_explained
+from foreword.records import Row, Segment, Task
+
+BATCH = 16
+MEMORY_KNOB = "give fewer or shorter rows at a time, or model.dtype=bfloat16"
+RAW = "{text}"
+"""The template of an adapter that brings none: the text as it is."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest class of a row and the probability of every class."""
+
+    label: str
+    probabilities: Mapping[str, float]
+
+
+class Foreword:
+    """A soft prompt with its backbone, ready to use. Made by ``foreword.load``."""
+
+    def __init__(self, adapter: Adapter, backbone: Backbone, task: Task) -> None:
+        self.adapter, self.backbone, self.task = adapter, backbone, task
+        self.rows = adapter.rows.to(backbone.device)
+        self.encoder: Encoder = make_encoder(task, backbone, len(adapter.rows))
+        self._layout: Layout | None = None
+
+    @property
+    def scores(self) -> Mapping[str, Any]:
+        """The scores stored with the adapter; empty when it was not scored."""
+        return self.adapter.sidecar.scores if self.adapter.sidecar else {}
+
+    def predict(self, rows: Sequence[Row | str], progress: Any = silent) -> list[Prediction]:
+        """Label and probabilities of each row, in order.
+
+        Args:
+            rows: dictionaries of columns, or texts for a template with one column.
+            progress: told the number of rows done since the last call.
+        """
+        if not self.task.classifies:
+            raise ForewordError(
+                "this soft prompt writes text and has no classes", str(self.adapter.folder), "use generate"
+            )
+        contexts = self._contexts(rows)
+        if not contexts:
+            return []
+        with memory_explained(MEMORY_KNOB):
+            label_ids = self.encoder.label_ids
+            layout = self._choose(Segment(contexts[0], label_ids[:4]))
+            table, _ = classify(self.backbone, self.rows, contexts, label_ids, layout, progress)
+        classes = self.task.classes
+        return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
+
+    def generate(self, rows: Sequence[Row | str], sampling: Sampling | None = None) -> list[str]:
+        """The text the model writes after each row, in order."""
+        contexts = self._contexts(rows)
+        sampling = sampling or Sampling()
+        texts: list[str] = []
+        with memory_explained(MEMORY_KNOB):
+            for at in range(0, len(contexts), BATCH):
+                ids = generate(self.backbone, self.rows, contexts[at : at + BATCH], sampling)
+                texts += self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [t.removeprefix(self.task.separator) for t in texts]
+
+    def stream(self, row: Row | str, sampling: Sampling | None = None) -> Iterator[str]:
+        """The same for one row, piece by piece as it is written."""
+        (context,) = self._contexts([row])
+        with memory_explained(MEMORY_KNOB):
+            yield from stream(self.backbone, self.rows, context, sampling or Sampling())
+
+    def evaluate(
+        self, data: Source, split: str = "test", incomplete: bool = False, progress: Any = silent
+    ) -> dict[str, Any]:
+        """Scores on labelled rows beside the baselines, as ``foreword evaluate --json`` writes them.
+
+        Args:
+            data: a file, a hub id, ``bundled:complaints`` or rows in memory.
+            split: of a hub data set.
+            incomplete: leave out rows with an empty text or label.
+            progress: told the number of rows done since the last call; rows count twice, for
+                the soft prompt and the plain backbone.
+        """
+        table = read_labelled(data, split, self.task, incomplete)
+        examples = self.encoder.examples(table)
+        with memory_explained(MEMORY_KNOB):
+            label_ids = self.encoder.label_ids
+            layout = self._choose(Segment(examples[0].context, label_ids[:4] or (examples[0].target,)))
+            outcome = run_rows(self.backbone, self.rows, examples, label_ids, layout, progress)
+            plain = run_rows(self.backbone, no_prompt(self.backbone), examples, label_ids, layout, progress)
+        classes = self.task.classes
+        baselines: dict[str, Any] = {"zero_shot": scores_of(plain, classes)}
+        if classes:
+            counts = self._training_counts() or np.bincount(outcome.truth, minlength=len(classes)).tolist()
+            baselines["majority"] = majority_baseline(counts, outcome.truth, classes)
+        return {
+            **scores_of(outcome, classes),
+            "baselines": baselines,
+            "protocol": f"all {len(examples)} rows of {table.origin}",
+        }
+
+    def _training_counts(self) -> list[int]:
+        """Training rows of each class; empty when the adapter does not say."""
+        counts = self.adapter.sidecar.training.get("label_counts", []) if self.adapter.sidecar else []
+        return list(counts) if len(counts) == len(self.task.classes) else []
+
+    def _contexts(self, rows: Sequence[Row | str]) -> list[tuple[int, ...]]:
+        if isinstance(rows, (str, Mapping)):
+            raise ForewordError("one row where a list of rows is expected", repr(rows)[:80], "write [row]")
+        columns = self.encoder.columns
+        if any(isinstance(r, str) for r in rows) and len(columns) != 1:
+            raise ForewordError(
+                f"the template has {len(columns)} columns", self.task.template, f"give dictionaries of {list(columns)}"
+            )
+        if not rows:
+            return []
+        full = [{columns[0]: r} if isinstance(r, str) else r for r in rows]
+        return self.encoder.contexts(rows_table(full))
+
+    def _choose(self, sample: Segment) -> Layout:
+        """The layout, proved once on the first rows this object sees."""
+        if self._layout is None:
+            self._layout = choose_layout(self.backbone, self.rows, [sample], gradient=False).score
+        return self._layout
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    template: str | None = None,
+    label_words: Mapping[str, str] | None = None,
+    separator: str = " ",
+    force: bool = False,
+) -> Foreword:
+    """Loads a run, an adapter folder (ours or PEFT's) or a hub adapter, with its backbone.
+
+    Args:
+        path_or_id: folder or hub id.
+        model: backbone, where the adapter's own name for it does not lead to it.
+        device: auto, cuda, cuda:N, mps or cpu.
+        dtype: auto, float32, bfloat16 or float16.
+        revision: branch, tag or commit of a hub adapter.
+        template: context template, for adapters without a sidecar (else the text as it is).
+        label_words: ``{class: words}``, for adapters without a sidecar.
+        separator: between context and target, for adapters without a sidecar.
+        force: use a backbone that is not the one the soft prompt was trained for.
+
+    Raises:
+        ForewordError: no adapter there, a damaged one, or a backbone that does not match.
+    """
+    adapter = read_adapter(locate(str(path_or_id), revision))
+    known = dict(adapter.sidecar.backbone) if adapter.sidecar else {}
+    name = model or known.get("name") or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise ForewordError("the adapter does not name its backbone", str(adapter.folder), "add --model ID")
+    config_revision = None if model else known.get("revision") or adapter.config.get("revision")
+    backbone = load_backbone(ModelConfig(str(name), config_revision, dtype, device))
+    check_backbone(adapter, backbone, force)
+    return Foreword(adapter, backbone, _task(adapter, template, label_words, separator))
+
+
+def open_run(folder: Path, backbone: Backbone) -> Foreword:
+    """A finished run with the backbone it was just trained on."""
+    adapter = read_adapter(folder)
+    return Foreword(adapter, backbone, _task(adapter, None, None, " "))
+
+
+def check_backbone(adapter: Adapter, backbone: Backbone, force: bool = False) -> None:
+    """Refuses a backbone the soft prompt was not trained for, naming both."""
+    trained = (adapter.sidecar.backbone if adapter.sidecar else {}).get("name") or adapter.config.get(
+        "base_model_name_or_path"
+    )
+    where = f"adapter {adapter.folder} of {trained}, backbone {backbone.name}"
+    width = adapter.rows.shape[1]
+    if width != backbone.hidden_size:
+        raise ForewordError(
+            f"the soft prompt is {width} wide, the backbone {backbone.hidden_size}", where, f"load {trained}"
+        )
+    if force:
+        return
+    layers, actual = adapter.config.get("num_layers"), getattr(backbone.config, "num_hidden_layers", None)
+    difference = f"num_layers is {actual}, not {layers}" if layers and actual and layers != actual else ""
+    if adapter.sidecar and "fingerprint" in adapter.sidecar.backbone:
+        difference = Fingerprint.from_dict(adapter.sidecar.backbone["fingerprint"]).differs(backbone.fingerprint)
+    if difference:
+        raise ForewordError(
+            f"another backbone than the soft prompt was trained for: {difference}",
+            where,
+            f"load {trained}, or --force to use it all the same",
+        )
+
+
+def _task(adapter: Adapter, template: str | None, label_words: Mapping[str, str] | None, separator: str) -> Task:
+    words = dict(label_words or {})
+    if adapter.sidecar is None:
+        source = template if template is not None else RAW
+        parse(source)
+        return Task(source, separator, "label", tuple(words), tuple(words.values()))
+    task = adapter.sidecar.task
+    if template is not None:
+        parse(template)
+        task = replace(task, template=template)
+    if words:
+        task = replace(task, classes=tuple(words), words=tuple(words.values()))
+    return task

@@ -1,0 +1,213 @@
+"""The main job: labelled rows in, a scored adapter folder out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from foreword import config as configuration
+from foreword.artifact.atomic import write_atomic
+from foreword.artifact.folder import peft_config, write_adapter
+from foreword.artifact.lock import run_folder
+from foreword.artifact.sidecar import Sidecar
+from foreword.backbone.choose import Choice, choose_layout
+from foreword.backbone.load import Backbone, load_backbone
+from foreword.config import Recipe
+from foreword.data.encode import Encoder
+from foreword.errors import ForewordError
+from foreword.evaluation.evaluate import Outcome, majority_baseline, no_prompt, pooled, run_rows, scores_of
+from foreword.jobs.data import Splits, read_splits
+from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
+from foreword.jobs.training import train_in, validator
+from foreword.prompts.initialisers import parse_init
+from foreword.records import Example, Row, Segment
+from foreword.report.card import model_card
+from foreword.training.loop import State, make_plan
+from foreword.training.optim import build_optimizer, build_schedule
+from foreword.training.progress import counting
+
+RECIPE = "recipe.yaml"
+MEMORY_KNOB = "lower train.token_budget or train.batch_size (raise train.accumulate), or model.dtype=bfloat16"
+MAY_CHANGE = {"model.device", "train.checkpoint_every"}
+"""Keys that may differ when a run is resumed: they do not change its result on one device."""
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    console: Console | None = None,
+    rows: Sequence[Row] | None = None,
+    eval_rows: Sequence[Row] | None = None,
+) -> Backbone:
+    """Trains, scores and writes a run; returns the backbone, for use with the new soft prompt.
+
+    Args:
+        recipe: all choices.
+        out: the run folder; new or empty unless ``resume``.
+        resume: go on with the run in ``out``, bit for bit on the CPU.
+        console: where progress goes; None: nowhere.
+        rows: training rows in memory, instead of ``recipe.data.path``.
+        eval_rows: held-out rows in memory.
+    """
+    console = console or Console(quiet=True)
+    configuration.check(recipe)
+    _check_names(recipe)
+    splits = read_splits(recipe.data, rows, eval_rows)
+    with run_folder(out, resume), memory_explained(MEMORY_KNOB):
+        if resume:
+            _same_run(recipe, splits, out)
+        job = _Job(recipe, splits, out, console)
+        if not (out / RECIPE).is_file():
+            write_atomic(out / RECIPE, configuration.to_yaml(recipe).encode())
+            write_atomic(out / ".data.sha256", splits.data_hash.encode())
+        kept, seconds, steps = job.train()
+        scores = job.score(kept)
+        job.write(kept, scores, {"seconds": round(seconds, 1), "steps": steps})
+    return job.backbone
+
+
+class _Job:
+    """What the stages of one run share: backbone, encoder, encoded rows and layout."""
+
+    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console) -> None:
+        self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
+        self.backbone: Backbone = load_backbone(recipe.model)
+        self.encoder: Encoder = make_encoder(splits.task, self.backbone, recipe.prompt.virtual_tokens)
+        self.examples = self.encoder.examples(splits.train)
+        self.validation = self.encoder.examples(splits.validation) if splits.validation else []
+        self.held_out = self.encoder.examples(splits.held_out) if splits.held_out else []
+        self.first_rows = initial_rows(recipe.prompt, splits.task, self.encoder, self.backbone, recipe.train.seed)
+        self.layout: Choice = choose_layout(
+            self.backbone, self.first_rows.to(self.backbone.device), self._layout_sample()
+        )
+        self._introduce()
+
+    def train(self) -> tuple[torch.Tensor, float, int]:
+        """The kept rows ``[P, H]``, the seconds this took and the steps done."""
+        began = time.perf_counter()
+        kept, state = self._train_on(self.out, self.examples, "training")
+        return kept, time.perf_counter() - began, state.step
+
+    def score(self, kept: torch.Tensor) -> dict[str, Any]:
+        """Held-out or cross-validated scores beside the baselines; empty without such rows."""
+        if not self.splits.protocol:
+            return {}
+        task, label_ids, layout = self.splits.task, self.encoder.label_ids, self.layout.score
+        if self.splits.folds:
+            outcome = self._cross_validate()
+            rows = [self.examples[i] for _, out in self.splits.folds for i in out]
+        else:
+            rows = self.held_out
+            with counting(self.console, "scoring", len(rows)) as progress:
+                outcome = run_rows(self.backbone, kept, rows, label_ids, layout, progress)
+        with counting(self.console, "baseline", len(rows)) as progress:
+            plain = run_rows(self.backbone, no_prompt(self.backbone), rows, label_ids, layout, progress)
+        baselines: dict[str, Any] = {"zero_shot": scores_of(plain, task.classes)}
+        if task.classifies:
+            baselines["majority"] = majority_baseline(self._label_counts(), outcome.truth, task.classes)
+        return {**scores_of(outcome, task.classes), "baselines": baselines, "protocol": self.splits.protocol}
+
+    def write(self, kept: torch.Tensor, scores: dict[str, Any], figures: dict[str, Any]) -> None:
+        """The adapter folder with sidecar and model card."""
+        recipe, backbone = self.recipe, self.backbone
+        init_text = (recipe.prompt.init_text or instruction(self.splits.task)) if recipe.prompt.init == "text" else None
+        adapter = peft_config(kept, backbone.config, backbone.name, backbone.revision, init_text)
+        sidecar = Sidecar(
+            task=self.splits.task,
+            backbone={
+                "name": backbone.name,
+                "revision": backbone.revision,
+                "fingerprint": backbone.fingerprint.as_dict(),
+            },
+            scores=scores,
+            training={
+                "rows": len(self.examples), "label_counts": self._label_counts(), "data_sha256": self.splits.data_hash,
+                "seed": recipe.train.seed, "data_seed": recipe.data.seed, "init": recipe.prompt.init,
+                "init_text": init_text, "layout": self.layout.train, "device": str(backbone.device),
+                "dtype": str(backbone.dtype).removeprefix("torch."), **figures,
+            },
+            versions={name: version(name) for name in ("foreword", "torch", "transformers", "tokenizers")},
+        )  # fmt: skip
+        write_atomic(self.out / "README.md", model_card(adapter, sidecar).encode())
+        write_adapter(self.out, kept, adapter, sidecar)
+
+    def _cross_validate(self) -> Outcome:
+        """Trains once a fold on the other rows and pools the held-out results."""
+        outcomes = []
+        for number, (keep, out) in enumerate(self.splits.folds, start=1):
+            rows = [self.examples[i] for i in keep]
+            kept, _ = self._train_on(self.out / "folds" / str(number), rows, f"fold {number}")
+            held = [self.examples[i] for i in out]
+            outcomes.append(run_rows(self.backbone, kept, held, self.encoder.label_ids, self.layout.score))
+        return pooled(outcomes)
+
+    def _train_on(self, folder: Path, examples: Sequence[Example], title: str) -> tuple[torch.Tensor, State]:
+        validate = None
+        if self.validation and self.recipe.train.select != "last":
+            task = self.splits.task
+            validate = validator(self.backbone, self.validation, task.classes, self.encoder.label_ids, self.layout)
+        return train_in(
+            folder, self.backbone, self.first_rows, examples, self.recipe.train, self.layout,
+            self.console, validate, title,
+        )  # fmt: skip
+
+    def _layout_sample(self) -> list[Segment]:
+        """Rows as training and scoring will see them: all classes, or the own target."""
+        branches = self.encoder.label_ids[:4]
+        return [Segment(e.context, branches or (e.target,)) for e in self.examples]
+
+    def _label_counts(self) -> list[int]:
+        """Training rows of each class, in the classes' order; empty for free text."""
+        labels = [e.label for e in self.examples]
+        return [labels.count(c) for c in range(len(self.splits.task.classes))]
+
+    def _introduce(self) -> None:
+        """Model, device, rows, layout and the guide's line of trainable parameters."""
+        b, trainable = self.backbone, self.first_rows.numel()
+        total = b.parameters + trainable
+        plan = make_plan(len(self.examples), self.recipe.train)
+        kind = f"{len(self.splits.task.classes)} classes" if self.splits.task.classifies else "free text"
+        for line in (
+            f"backbone {b.name} on {b.device}, {str(b.dtype).removeprefix('torch.')}",
+            f"rows {len(self.examples)} to train, {len(self.validation)} to validate, "
+            f"{len(self.held_out)} held out; {kind}; {plan.steps} steps",
+            f"layout {self.layout.train}: {self.layout.reason}",
+            f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}",
+        ):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Optimiser, schedule and initialiser by name, before the model is loaded."""
+    parse_init(recipe.prompt.init, recipe.prompt.virtual_tokens)
+    probe = build_optimizer(torch.nn.Parameter(torch.zeros(1, 1)), recipe.train)
+    build_schedule(probe, recipe.train, 10)
+
+
+def _same_run(recipe: Recipe, splits: Splits, out: Path) -> None:
+    """Refuses to resume with other choices or other rows than the run was started with."""
+    if not (out / RECIPE).is_file():
+        return  # nothing was started there yet
+    before = configuration.as_dict(configuration.load_recipe(out / RECIPE))
+    now = configuration.as_dict(recipe)
+    changed = [
+        f"{s}.{k} ({before[s][k]!r} -> {now[s][k]!r})"
+        for s in now
+        for k in now[s]
+        if before[s][k] != now[s][k] and f"{s}.{k}" not in MAY_CHANGE
+    ]
+    if changed:
+        raise ForewordError(
+            f"--resume goes on with the same run, but these keys changed: {', '.join(changed)}",
+            str(out / RECIPE),
+            "leave them out (the run knows them), or give another --out",
+        )
+    if (out / ".data.sha256").read_text() != splits.data_hash:
+        raise ForewordError("the training rows are not those the run was started with", str(out), "give another --out")

@@ -1,0 +1,1 @@
+"""Soft prompts before they are trained: initialisers."""

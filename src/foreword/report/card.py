@@ -1,0 +1,96 @@
+"""The model card (README.md) of an adapter folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from foreword.artifact.sidecar import Sidecar
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
+    """The card: what it is, template and label words, scores with intervals, how to load it."""
+    base = str(sidecar.backbone["name"])
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
+    if _HUB_ID.fullmatch(base):
+        front["base_model"] = base
+    task = sidecar.task
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
+        "# Soft prompt", "",
+        f"{adapter['num_virtual_tokens']} virtual tokens of width {adapter['token_dim']} for the frozen model "
+        f"`{base}`, trained with [Foreword](https://pypi.org/project/foreword) on "
+        f"{sidecar.training['rows']} rows.", "",
+        "## Template", "", "```text", f"{task.template}{task.separator}<target>", "```", "",
+        *_classes(sidecar), *_scores(sidecar.scores), *_usage(sidecar, base), *_training(sidecar),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
+    named = [
+        ("this soft prompt", scores),
+        ("zero-shot, template alone", scores["baselines"].get("zero_shot")),
+        ("majority class", scores["baselines"].get("majority")),
+    ]
+    main = "accuracy" if "accuracy" in scores else "exact_match"
+    return [
+        (name, _with_interval(s, main), _with_interval(s, "macro_f1"), _with_interval(s, "loss"))
+        for name, s in named
+        if s is not None
+    ]
+
+
+def _with_interval(scores: Mapping[str, Any], key: str) -> str:
+    if key not in scores:
+        return ""
+    low, high = scores["intervals"][key]
+    return f"{scores[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _classes(sidecar: Sidecar) -> list[str]:
+    task = sidecar.task
+    if not task.classifies:
+        return []
+    rows = [f"| {_cell(c)} | `{_cell(w)}` |" for c, w in zip(task.classes, task.words, strict=True)]
+    return ["| class | label words |", "|---|---|", *rows, ""]
+
+
+def _scores(scores: Mapping[str, Any]) -> list[str]:
+    if not scores:
+        return ["## Scores", "", "Not scored: no held-out rows were given.", ""]
+    main = "accuracy" if "accuracy" in scores else "exact match"
+    table = [f"| {' | '.join(row)} |" for row in score_rows(scores)]
+    return [
+        "## Scores", "",
+        f"On {scores['n']} rows: {scores['protocol']}. In brackets: 95 % bootstrap intervals over rows.", "",
+        f"| | {main} | macro-F1 | loss per target token |", "|---|---|---|---|", *table, "",
+    ]  # fmt: skip
+
+
+def _usage(sidecar: Sidecar, base: str) -> list[str]:
+    column = re.findall(r"\{([^{}|]+)", sidecar.task.template)
+    row = "{" + ", ".join(f'"{c}": "..."' for c in column) + "}"
+    return [
+        "## Use", "", "```python", "import foreword", 'task = foreword.load("<this folder or repository>")',
+        f"print(task.predict([{row}]))" if sidecar.task.classifies else f"print(task.generate([{row}]))",
+        "```", "", "With PEFT (one row at a time: PEFT's batches depend on their padding):", "",
+        "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(model, "<this folder or repository>")', "```", "",
+    ]  # fmt: skip
+
+
+def _training(sidecar: Sidecar) -> list[str]:
+    facts = {**sidecar.training, **{f"{k} version": v for k, v in sidecar.versions.items()}}
+    return ["## Training", "", *[f"- {k.replace('_', ' ')}: {v}" for k, v in facts.items()]]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

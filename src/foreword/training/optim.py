@@ -1,0 +1,53 @@
+"""Optimisers and schedules by name: torch's and transformers' own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from foreword.config import TrainConfig
+from foreword.errors import ForewordError, nearest
+
+
+def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimiser over the soft prompt ``[P, H]``; AdamW as in the guide by default."""
+    known = {
+        name.lower(): cls
+        for name, cls in vars(torch.optim).items()
+        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    }
+    known.pop("lbfgs", None)  # needs a closure that evaluates the loss several times a step
+    known.pop("sparseadam", None)  # takes sparse gradients only
+    cls = known.get(config.optimizer.lower())
+    if cls is None:
+        raise ForewordError(
+            f"unknown optimiser '{config.optimizer}'",
+            "key train.optimizer",
+            nearest(config.optimizer, known) or f"known: {', '.join(sorted(known))}",
+        )
+    accepted = inspect.signature(cls).parameters
+    kwargs: dict[str, Any] = {"weight_decay": config.weight_decay} if "weight_decay" in accepted else {}
+    return cls([rows], lr=config.lr, **kwargs)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule over ``steps`` optimiser steps."""
+    from transformers import SchedulerType, get_scheduler
+
+    names = [s.value for s in SchedulerType]
+    if config.schedule not in names:
+        raise ForewordError(
+            f"unknown schedule '{config.schedule}'",
+            "key train.schedule",
+            nearest(config.schedule, names) or f"known: {', '.join(names)}",
+        )
+    try:
+        return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+    except (ValueError, TypeError) as e:
+        raise ForewordError(
+            f"the schedule needs more settings: {e}", f"train.schedule={config.schedule}", "linear, cosine or constant"
+        ) from None
