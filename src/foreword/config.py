@@ -12,7 +12,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from foreword.errors import ForewordError, nearest
+from foreword.errors import ForewordError, closest
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ SECTIONS: dict[str, type] = {
     "prompt": PromptConfig,
     "train": TrainConfig,
 }
+FILES = (".csv", ".jsonl", ".parquet")
+"""Suffixes of data files."""
 
 
 def keys() -> list[str]:
@@ -163,9 +165,9 @@ def field_docs(cls: type) -> dict[str, str]:
     assert isinstance(node, ast.ClassDef)
     docs: dict[str, str] = {}
     for stmt, after in zip(node.body, node.body[1:], strict=False):
-        if isinstance(stmt, ast.AnnAssign) and isinstance(stmt.target, ast.Name):
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                docs[stmt.target.id] = " ".join(str(after.value.value).split())
+        match stmt, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                docs[name] = " ".join(doc.split())
     return docs
 
 
@@ -180,7 +182,9 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ForewordError("no such recipe", str(path), "see the packaged ones: foreword recipes list") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ForewordError(f"cannot read the recipe: {e.strerror}", str(path), "give a YAML file") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: bad UTF-8, or a date such as 2001-13-45
         raise ForewordError(
             f"not a YAML recipe: {' '.join(str(e).split())}", str(path), "mend the file at that line"
         ) from None
@@ -196,7 +200,7 @@ def merge(recipe: Recipe, nested: Mapping[str, Any], where: str) -> Recipe:
     changes: dict[str, Any] = {}
     for section, values in nested.items():
         if section not in SECTIONS:
-            raise _unknown(str(section), list(SECTIONS), where)
+            raise _unknown(str(section), [*SECTIONS, *keys()], where)
         if values is None:
             continue
         if not isinstance(values, Mapping):
@@ -218,8 +222,10 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
     nested: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         key, eq, text = pair.partition("=")
-        if not eq or key not in keys():
+        if key not in keys():
             raise _unknown(key, keys(), "command line")
+        if not eq:
+            raise ForewordError(f"no value for {key}", "command line", f"write {key}=VALUE")
         section, name = key.split(".", 1)
         hint = typing.get_type_hints(SECTIONS[section])[name]
         nested.setdefault(section, {})[name] = text if _is_text(hint) else _yaml_value(text, key)
@@ -236,8 +242,8 @@ def to_yaml(recipe: Recipe, comments: bool = True) -> str:
             value = _plain(getattr(getattr(recipe, section), f.name))
             if comments:
                 lines.append(f"  # {docs[f.name]}")
-            dumped = yaml.safe_dump({f.name: value}, allow_unicode=True, default_flow_style=None, width=10**6)
-            lines += [f"  {line}" for line in dumped.rstrip("\n").split("\n")]
+            dumped = yaml.safe_dump([value], allow_unicode=True, default_flow_style=True, width=10**6)
+            lines.append(f"  {f.name}: {dumped.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
 
 
@@ -249,68 +255,107 @@ def as_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
     }
 
 
+REQUIRED = {
+    "model.id": ("no model given", "add --model ID (or model.id=ID)"),
+    "data.path": ("no training data given", "add --data FILE (or data.path=FILE)"),
+    "data.label": ("no label column given", "add --label COLUMN"),
+}
+COUNTS = (
+    "prompt.virtual_tokens",
+    "train.epochs",
+    "train.batch_size",
+    "train.accumulate",
+    "train.validate_every",
+    "train.checkpoint_every",
+)
+NOT_NEGATIVE = (
+    "train.warmup_steps",
+    "train.clip",
+    "train.weight_decay",
+    "train.token_budget",
+    "train.patience",
+    "data.max_length",
+)
+FRACTIONS = ("data.eval_fraction", "data.validation_fraction")
+CHOICES = {
+    "data.task": ("auto", "classify", "generate"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "train.select": ("last", "loss", "accuracy", "macro_f1"),
+    "train.autocast": ("auto", "on", "off"),
+}
+
+
 def check(recipe: Recipe) -> None:
     """Refuses values and combinations that cannot work, by key, before anything is loaded."""
-    m, d, p, t = recipe.model, recipe.data, recipe.prompt, recipe.train
-    _need(bool(m.id), "model.id", "no model given", "add --model ID (or model.id=ID)")
-    _need(bool(d.path), "data.path", "no training data given", "add --data FILE (or data.path=FILE)")
-    _need(bool(d.label), "data.label", "no label column given", "add --label COLUMN")
-    _need(bool(d.text or d.template), "data.text", "no input column given", "add --text COLUMN or --template")
-    positive = {
-        "prompt.virtual_tokens": p.virtual_tokens,
-        "train.epochs": t.epochs,
-        "train.batch_size": t.batch_size,
-        "train.accumulate": t.accumulate,
-        "train.validate_every": t.validate_every,
-        "train.checkpoint_every": t.checkpoint_every,
-        "train.lr": t.lr,
-    }
-    for key, value in positive.items():
-        _need(
-            0 < value < math.inf, key, f"{key} must be more than 0, not {value}", f"set {key} to 1 or more"
-            if isinstance(value, int) else f"set {key} to a number over 0, such as 0.03"
-        )  # fmt: skip
-    not_negative = {
-        "train.warmup_steps": t.warmup_steps,
-        "train.clip": t.clip,
-        "train.weight_decay": t.weight_decay,
-        "train.token_budget": t.token_budget,
-        "train.patience": t.patience,
-        "data.max_length": d.max_length,
-    }
-    for key, value in not_negative.items():
+    _check_given(recipe)
+    _check_numbers(recipe)
+    _check_choices(recipe)
+    _check_held_out(recipe.data)
+    _check_selection(recipe)
+
+
+def value_of(recipe: Recipe, key: str) -> Any:
+    """The value of a dotted key such as ``train.lr``."""
+    section, name = key.split(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _check_given(recipe: Recipe) -> None:
+    for key, (what, fix) in REQUIRED.items():
+        _need(bool(value_of(recipe, key)), key, what, fix)
+    data = recipe.data
+    _need(bool(data.text or data.template), "data.text", "no input column given", "add --text COLUMN or --template")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Ranges. Written so that NaN, which compares false with everything, is refused too."""
+    lr, folds = recipe.train.lr, recipe.data.folds
+    _need(0 < lr < math.inf, "train.lr", f"train.lr must be more than 0, not {lr}", "for example train.lr=0.03")
+    for key in COUNTS:
+        value = value_of(recipe, key)
+        _need(value >= 1, key, f"{key} must be more than 0, not {value}", f"set {key} to 1 or more")
+    for key in NOT_NEGATIVE:
+        value = value_of(recipe, key)
         _need(0 <= value < math.inf, key, f"{key} must not be negative, not {value}", f"set {key} to 0 or more")
-    for key, value in {
-        "data.eval_fraction": d.eval_fraction,
-        "data.validation_fraction": d.validation_fraction,
-    }.items():
+    for key in FRACTIONS:
+        value = value_of(recipe, key)
         _need(0 <= value < 1, key, f"{key} must lie in [0, 1), not {value}", f"for example {key}=0.2")
-    _need(d.folds == 0 or d.folds >= 2, "data.folds", "data.folds must be 0 or at least 2", "data.folds=5")
-    for key, value, known in (
-        ("data.task", d.task, ("auto", "classify", "generate")),
-        ("model.dtype", m.dtype, ("auto", "float32", "bfloat16", "float16")),
-        ("train.select", t.select, ("last", "loss", "accuracy", "macro_f1")),
-        ("train.autocast", t.autocast, ("auto", "on", "off")),
-    ):
+    _need(folds == 0 or folds >= 2, "data.folds", f"data.folds must be 0 or at least 2, not {folds}", "data.folds=5")
+
+
+def _check_choices(recipe: Recipe) -> None:
+    for key, known in CHOICES.items():
+        value = value_of(recipe, key)
         _need(value in known, key, f"{key} is '{value}'", f"choose one of {', '.join(known)}")
-    given = [
-        k
-        for k, on in (
-            ("data.eval_path / data.eval_split", bool(d.eval_path or d.eval_split)),
-            ("data.eval_fraction", d.eval_fraction > 0),
-            ("data.folds", d.folds > 0),
-        )
-        if on
-    ]
+
+
+def _check_held_out(data: DataConfig) -> None:
+    """One way to hold rows out, and never the training rows themselves by accident."""
+    ways = {
+        "data.eval_path / data.eval_split": bool(data.eval_path or data.eval_split),
+        "data.eval_fraction": data.eval_fraction > 0,
+        "data.folds": data.folds > 0,
+    }
+    given = [key for key, on in ways.items() if on]
     _need(len(given) < 2, given[0] if given else "", f"{' and '.join(given)} exclude each other", "keep one of them")
     _need(
-        t.select == "last" or d.validation_fraction > 0,
+        not data.eval_split or bool(data.eval_path) or Path(data.path).suffix.lower() not in FILES,
+        "data.eval_split",
+        f"{data.path} is one file and has no split '{data.eval_split}'",
+        "add --eval-data FILE, or data.eval_fraction=0.2",
+    )
+
+
+def _check_selection(recipe: Recipe) -> None:
+    data, train = recipe.data, recipe.train
+    _need(
+        train.select == "last" or data.validation_fraction > 0,
         "train.select",
-        f"train.select={t.select} needs validation rows",
+        f"train.select={train.select} needs validation rows",
         "add data.validation_fraction=0.2 (the held-out rows are never used to choose)",
     )
     _need(
-        t.patience == 0 or t.select != "last",
+        train.patience == 0 or train.select != "last",
         "train.patience",
         "train.patience needs a score to watch",
         "add train.select=loss and data.validation_fraction=0.2",
@@ -323,8 +368,10 @@ def _need(ok: bool, key: str, what: str, fix: str) -> None:
 
 
 def _unknown(key: str, known: list[str], where: str) -> ForewordError:
-    hint = nearest(key, known) or nearest(key, [k.split(".")[-1] for k in known])
-    return ForewordError(f"unknown key '{key}'", where, hint or "all keys: foreword train --help-keys")
+    by_end = {k.split(".")[-1]: k for k in reversed(known)}  # "lr" -> "train.lr"; the first of several
+    found = closest(key, known) or by_end.get(closest(key, by_end), "")
+    hint = f"did you mean '{found}'?" if found else "all keys: foreword train --help-keys"
+    return ForewordError(f"unknown key '{key}'", where, hint)
 
 
 def _is_text(hint: Any) -> bool:
@@ -334,7 +381,7 @@ def _is_text(hint: Any) -> bool:
 def _yaml_value(text: str, key: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2001-13-45
         raise ForewordError(
             f"cannot read the value {text!r}", f"key {key}", "lists are [a, b], mappings {a: b}"
         ) from None
@@ -342,43 +389,66 @@ def _yaml_value(text: str, key: str) -> Any:
 
 def _coerce(value: Any, hint: Any, key: str, where: str) -> Any:
     """Value as the field's type; ``1e-5`` (text in YAML 1.1) becomes a float, ``8.5`` no int."""
-    origin = typing.get_origin(hint)
-    wrong = ForewordError(f"{key} is {value!r}, not {_name(hint)}", where, f"give {key} {_name(hint)}")
-    if origin in (types.UnionType, typing.Union):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         if value is None or value == "":
             return None
-        inner = next(a for a in typing.get_args(hint) if a is not type(None))
-        return _coerce(value, inner, key, where)
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except ValueError:
-                raise wrong from None
-            if math.isfinite(number):
-                return number
-    elif hint is str:
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            return tuple(str(v) for v in value)
-    elif isinstance(value, Mapping):
-        return {str(k): str(v) for k, v in value.items()}
-    raise wrong
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    convert, name = KINDS[typing.get_origin(hint) or hint]
+    try:
+        return convert(value)
+    except (ValueError, OverflowError):
+        raise ForewordError(f"{key} is {value!r}, not {name}", where, f"give {key} {name}") from None
 
 
-def _name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if hint in names:
-        return names[hint]
-    return "a list of texts" if typing.get_origin(hint) is tuple else "a mapping of texts"
+def _to_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _to_int(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _to_float(value: Any) -> float:
+    if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+        raise ValueError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _to_text(value: Any) -> str:
+    # A bool is refused, not spelt: YAML reads the class names yes and no as true and false.
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ValueError
+    return str(value)
+
+
+def _to_texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(_to_text(v) for v in value)
+
+
+def _to_mapping(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    return {_to_text(k): _to_text(v) for k, v in value.items()}
+
+
+KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_to_bool, "true or false"),
+    int: (_to_int, "a whole number"),
+    float: (_to_float, "a number"),
+    str: (_to_text, "text"),
+    tuple: (_to_texts, "a list of texts, such as [a, b] ('yes' and 'no' in quotes)"),
+    Mapping: (_to_mapping, "a mapping of texts, such as {a: b} ('yes' and 'no' in quotes)"),
+}
+"""For each type of field: how a YAML value becomes it (or ValueError), and its name in messages."""
 
 
 def _plain(value: Any) -> Any:

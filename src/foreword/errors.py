@@ -26,9 +26,14 @@ class ForewordError(Exception):
         return f"error: {self.what}\nwhere: {self.where}\n  fix: {self.fix}"
 
 
+def closest(word: str, known: Iterable[str]) -> str:
+    """The known word most like ``word``, whatever its case; empty when none is near."""
+    by_lower = {k.lower(): k for k in known}
+    found = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else ""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as ``did you mean 'train.lr'?``, or an empty string when nothing is near."""
-    known = list(known)
-    by_lower = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
-    return f"did you mean '{by_lower[close[0]]}'?" if close else ""
+    found = closest(word, known)
+    return f"did you mean '{found}'?" if found else ""

@@ -2,47 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from foreword.errors import ForewordError
 
 _TOKEN = "log in with `hf auth login` or set HF_TOKEN (with write access to push)"
+_TRANSPORT = ("httpx2", "httpcore2", "httpx", "httpcore")
+
+Explain = Callable[[BaseException, str], ForewordError]
+"""An exception of the client and the repository's id -> the error for the user."""
 
 
 def hub_error(error: BaseException, repo: str) -> ForewordError | None:
-    """The error behind an exception chain from huggingface_hub, or None when it is none of its."""
-    from huggingface_hub import errors as hub
+    """The error behind an exception chain from huggingface_hub, or None when it is none of its.
 
+    The client wraps what it caught ("cannot find it in the cache" around a server's 500), so the
+    whole chain is searched for the most telling exception before the next kind is tried.
+    """
     chain = _chain(error)
-    for e in chain:
-        if isinstance(e, hub.GatedRepoError):
-            return ForewordError(
-                "the repository is gated", f"hub, {repo}", "ask for access on its page, then " + _TOKEN
-            )
-        if isinstance(e, hub.RevisionNotFoundError):
-            return ForewordError("no such revision", f"hub, {repo}", "check the branch, tag or commit")
-        if isinstance(e, hub.RepositoryNotFoundError):
-            status = _status(e)
-            what = "not authorised (401)" if status == 401 else "no such repository, or a private one"
-            return ForewordError(what, f"hub, {repo}", f"check the id; for private ones {_TOKEN}")
-        if isinstance(e, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-            return _offline(repo)
-        if isinstance(e, hub.EntryNotFoundError):
-            return ForewordError(
-                f"the repository lacks a file: {_first(e)}", f"hub, {repo}", "check the id and revision"
-            )
-        if isinstance(e, hub.HFValidationError):
-            return ForewordError("not a hub id", repo, "hub ids look like user/name; local paths start with ./")
-        if isinstance(e, hub.HfHubHTTPError):
-            status = _status(e)
-            if status in (401, 403):
-                return ForewordError(f"not authorised ({status})", f"hub, {repo}", _TOKEN)
-            kind = "the hub is in trouble" if status >= 500 else "the hub refused"
-            return ForewordError(f"{kind} ({status}): {_first(e)}", f"hub, {repo}", "try again later")
-    if any(type(e).__module__.split(".")[0] in ("httpx2", "httpcore2", "httpx", "httpcore") for e in chain):
-        return _offline(repo)
+    for kind, explain in _table():
+        found = next((e for e in chain if isinstance(e, kind)), None)
+        if found is not None:
+            return explain(found, repo)
+    if any(type(e).__module__.split(".")[0] in _TRANSPORT for e in chain):
+        return _unreachable(error, repo)
     return None
 
 
-def _offline(repo: str) -> ForewordError:
+def _table() -> list[tuple[type[BaseException] | tuple[type[BaseException], ...], Explain]]:
+    """Exceptions of the client, the most telling first; imported late, for it takes half a second."""
+    from huggingface_hub import errors as hub
+
+    return [
+        (hub.GatedRepoError, _gated),
+        (hub.RevisionNotFoundError, _no_revision),
+        (hub.RepositoryNotFoundError, _no_repository),
+        (hub.RemoteEntryNotFoundError, _no_file),
+        (hub.HFValidationError, _no_id),
+        (hub.HfHubHTTPError, _refused),
+        ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled), _unreachable),
+        (hub.EntryNotFoundError, _no_file),
+    ]
+
+
+def _gated(error: BaseException, repo: str) -> ForewordError:
+    return ForewordError("the repository is gated", f"hub, {repo}", f"ask for access on its page, then {_TOKEN}")
+
+
+def _no_revision(error: BaseException, repo: str) -> ForewordError:
+    return ForewordError("no such revision", f"hub, {repo}", "check the branch, tag or commit")
+
+
+def _no_repository(error: BaseException, repo: str) -> ForewordError:
+    what = "not authorised (401)" if _status(error) == 401 else "no such repository, or a private one (404)"
+    return ForewordError(what, f"hub, {repo}", f"check the id; for private ones {_TOKEN}")
+
+
+def _no_file(error: BaseException, repo: str) -> ForewordError:
+    return ForewordError(f"the repository lacks a file: {_first(error)}", f"hub, {repo}", "check the id and revision")
+
+
+def _no_id(error: BaseException, repo: str) -> ForewordError:
+    return ForewordError("not a hub id", repo, "hub ids look like user/name; local paths start with ./")
+
+
+def _refused(error: BaseException, repo: str) -> ForewordError:
+    status = _status(error)
+    if status in (401, 403):
+        return ForewordError(f"not authorised ({status})", f"hub, {repo}", _TOKEN)
+    kind = "the hub is in trouble" if status >= 500 else "the hub refused"
+    return ForewordError(f"{kind} ({status}): {_first(error)}", f"hub, {repo}", "try again later")
+
+
+def _unreachable(error: BaseException, repo: str) -> ForewordError:
     return ForewordError(
         "the hub cannot be reached and the cache does not hold it",
         f"hub, {repo}",

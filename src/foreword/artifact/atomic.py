@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from foreword.errors import ForewordError
@@ -25,7 +26,8 @@ def write_atomic(path: Path, content: bytes, durable: bool = True) -> None:
                 os.fsync(f.fileno())
         partial.replace(path)
     except OSError as e:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder itself is the trouble there is nothing to remove
+            partial.unlink()
         raise ForewordError(
             f"cannot write: {e.strerror}", str(path), "free some space or choose another --out folder"
         ) from None

@@ -68,7 +68,10 @@ def peft_config(
 
 def write_adapter(folder: Path, rows: torch.Tensor, config: Mapping[str, Any], sidecar: Sidecar | None) -> None:
     """Writes weights, configuration and sidecar, each atomically; the configuration comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ForewordError(f"cannot make the folder: {e.strerror}", str(folder), "give another folder") from None
     tensor = rows.detach().to("cpu", torch.float32).contiguous()
     write_atomic(folder / WEIGHTS, save({TENSOR: tensor}, metadata={"format": "pt"}))
     if sidecar is not None:
@@ -84,18 +87,25 @@ def read_adapter(folder: Path) -> Adapter:
             in a pickle, a shape that is not [P, H], or values that are not finite.
     """
     config = _read_config(folder)
-    rows = _read_rows(folder)
-    place = str(folder)
+    rows = _checked(_read_rows(folder), config, str(folder))
+    return Adapter(rows, config, read_sidecar(folder), folder)
+
+
+def _checked(rows: torch.Tensor, config: Mapping[str, Any], place: str) -> torch.Tensor:
+    """The rows ``[P, H]`` in float32, if they are what the configuration says and finite."""
     expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
-    if rows.dim() != 2 or 0 in rows.shape or (None not in expected and tuple(rows.shape) != expected):
+    agrees = rows.dim() == 2 and all(e in (None, n) for e, n in zip(expected, rows.shape, strict=True))
+    if not agrees or 0 in rows.shape:
         raise ForewordError(
             f"the soft prompt has shape {list(rows.shape)}, its configuration says {list(expected)}",
             place,
             "train or download it again",
         )
-    if not rows.is_floating_point() or not torch.isfinite(rows).all():
+    plain = rows.is_floating_point() and rows.layout == torch.strided
+    values = rows.detach().float() if plain else rows  # cast first: float64 may overflow float32
+    if not plain or not torch.isfinite(values).all():
         raise ForewordError("the soft prompt holds NaN, infinite or non-float values", place, "train it again")
-    return Adapter(rows.float(), config, read_sidecar(folder), folder)
+    return values
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -104,7 +114,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ForewordError("no adapter in this folder (no adapter_config.json)", str(folder), _fix_for(folder))
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ForewordError(f"not JSON: {e}", str(file), "train or download it again") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "PROMPT_TUNING":

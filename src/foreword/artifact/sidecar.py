@@ -45,22 +45,28 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             raise ForewordError(
                 f"sidecar format {content['format']}, this Foreword reads {FORMAT}", str(file), "upgrade foreword"
             )
-        task = content["task"]
         return Sidecar(
-            Task(
-                str(task["template"]),
-                str(task["separator"]),
-                str(task["label_column"]),
-                tuple(map(str, task["classes"])),
-                tuple(map(str, task["words"])),
-                int(task["max_length"]),
-            ),
+            _task(content["task"]),
             dict(content["backbone"]),
             dict(content["scores"]),
             dict(content["training"]),
             dict(content["versions"]),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:  # bad JSON or UTF-8 is a ValueError
         raise ForewordError(
             f"damaged sidecar ({type(e).__name__}: {e})", str(file), "delete it to load the bare soft prompt"
         ) from None
+
+
+def _task(stored: Mapping[str, Any]) -> Task:
+    classes, words = tuple(map(str, stored["classes"])), tuple(map(str, stored["words"]))
+    if len(classes) != len(words):
+        raise ValueError(f"{len(classes)} classes, {len(words)} label words")
+    return Task(
+        str(stored["template"]),
+        str(stored["separator"]),
+        str(stored["label_column"]),
+        classes,
+        words,
+        int(stored["max_length"]),
+    )

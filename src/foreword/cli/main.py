@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -29,6 +30,8 @@ def main() -> None:
     """Runs the command line; the console script."""
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("foreword").setLevel(logging.INFO)
     try:
         app(args=argv)
     except ForewordError as e:

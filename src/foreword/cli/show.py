@@ -56,7 +56,7 @@ def print_scores(scores: Any, console: Console) -> None:
     from foreword.report.card import score_rows
 
     main = "accuracy" if "accuracy" in scores else "exact match"
-    table = Table(box=None, pad_edge=False, show_edge=False)
+    table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(("", main, "macro-F1", "loss")):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
     for row in score_rows(scores):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from foreword.data.labels import class_indices, label_names, require_text
-from foreword.data.template import Field, parse, require_columns
+from foreword.data.template import parse, require_columns
 from foreword.errors import ForewordError
 from foreword.records import Example, Row, Table, Task
 
@@ -18,7 +18,8 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
+        """Tokenises; the result's ``["input_ids"]`` is a list of ids."""
 
 
 class Encoder:
@@ -40,26 +41,24 @@ class Encoder:
         """Token ids of each class's label words, end token included."""
 
     def context_ids(self, row: Row, room: int, number: int, origin: str) -> tuple[int, ...]:
-        """Ids of the rendered context; the template's cut field gives way beyond ``room`` tokens."""
+        """Ids of the rendered context; the template's cut fields give way beyond ``room`` tokens."""
         ids = self._ids(self.template.render(row))
         if len(ids) <= room:
             return ids
-        field = self.template.cut_field(row)
-        text = str(row[field.column])
-        low, high = 0, len(text)  # characters kept; the longest that fits, by bisection
+        low, high = 1, max(len(str(row[f.column])) for f in self.template.cuts)
         best: tuple[int, ...] | None = None
-        while low <= high:
+        while low <= high:  # the most characters that fit, by bisection
             kept = (low + high) // 2
-            ids = self._ids(self.template.render({**row, field.column: _shorten(text, field, kept)}))
+            ids = self._ids(self.template.render(self.template.shorten(row, kept)))
             if len(ids) <= room:
                 best, low = ids, kept + 1
             else:
                 high = kept - 1
         if best is None:
             raise ForewordError(
-                f"row {number} does not fit: the target and the template leave no room in {self.limit} tokens",
+                f"row {number} does not fit: even with its text cut it takes more than {self.limit} tokens",
                 origin,
-                f"shorten the target or the template, or mark another column as {{{field.column}|cut}}",
+                self._room_hint(),
             )
         return best
 
@@ -68,12 +67,10 @@ class Encoder:
         head = self.template.closing
         before = self._raw(head)
         whole = self._raw(head + self.task.separator + text)
-        if head and whole[: len(before)] == before:
-            ids = whole[len(before) :]
-        else:
-            ids = self._raw(self.task.separator + text)
+        in_place = whole[: len(before)] == before  # else a token spans the border: the target stands alone
+        ids = whole[len(before) :] if in_place else self._raw(self.task.separator + text)
         if not ids:
-            raise ForewordError(f"the target {text!r} has no tokens", f"template {self.task.template!r}", "name it")
+            raise ForewordError(f"the target {text!r} has no tokens", f"template {self.task.template!r}", "give text")
         return (*ids, self.end_id)
 
     def contexts(self, table: Table) -> list[tuple[int, ...]]:
@@ -116,6 +113,11 @@ class Encoder:
             )
         return Example(number, self.context_ids(row, room, number, origin), target, None, text)
 
+    def _room_hint(self) -> str:
+        whole = [c for c in self.columns if c not in {f.column for f in self.template.cuts}]
+        mark = f", or mark {{{whole[0]}|cut}} in the template too" if whole else ""
+        return f"shorten the target or the template{mark}"
+
     def _raw(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -149,7 +151,3 @@ def rows_hash(table: Table, columns: Sequence[str]) -> str:
         digest.update(json.dumps([str(row.get(c)) for c in columns], ensure_ascii=False).encode())
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def _shorten(text: str, field: Field, kept: int) -> str:
-    return text[len(text) - kept :] if field.cut == "cut-start" else text[:kept]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from foreword.config import DataConfig
@@ -14,11 +16,14 @@ from foreword.records import Table, Task
 
 UNLABELLED = {"unlabeled", "unlabelled"}
 """Class names that say a row has no label (RAFT's test splits)."""
+NO_LABEL = -1
+"""The integer that says so (GLUE's test splits)."""
+_INTEGER = re.compile(r"\s*-?\d+\s*")
 
 
 def is_missing(value: Any) -> bool:
     """None, NaN, or text with nothing in it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, Real) and math.isnan(value)):
         return True
     return isinstance(value, str) and not value.strip()
 
@@ -32,12 +37,6 @@ def build_task(config: DataConfig, train: Table) -> Task:
     classes: tuple[str, ...] = ()
     if _classifies(config, train):
         classes = _classes(config, train)
-        if len(classes) < 2:
-            raise ForewordError(
-                f"only one class: '{classes[0]}'",
-                f"{train.origin}, column '{config.label}'",
-                "give rows of at least two classes, or data.task=generate for free text",
-            )
     separator = config.separator if not template.closing or not template.closing[-1].isspace() else ""
     words = _label_words(config.label_words, classes)
     return Task(source, separator, config.label, classes, words, config.max_length)
@@ -110,13 +109,25 @@ def _classifies(config: DataConfig, train: Table) -> bool:
 
 
 def _classes(config: DataConfig, train: Table) -> tuple[str, ...]:
+    place = f"{train.origin}, column '{config.label}'"
+    declared = train.class_names.get(config.label, ())
+    classes = config.classes or tuple(n for n in declared if n.lower() not in UNLABELLED)
     names = label_names(train, config.label, config.classes)
-    if config.classes:
-        class_indices(names, config.classes, train)
-        return config.classes
-    declared = train.class_names.get(config.label)
-    if declared:
-        return tuple(n for n in declared if n.lower() not in UNLABELLED)
+    if len(set(names)) < 2:
+        raise ForewordError(
+            f"only one class: '{names[0]}'",
+            place,
+            "give rows of at least two classes, or data.task=generate for free text",
+        )
+    if classes:
+        class_indices(names, classes, train)
+        return classes
+    if str(NO_LABEL) in names:
+        raise ForewordError(
+            f"row {train.numbers[names.index(str(NO_LABEL))]} has the label -1, which often marks a row without one",
+            place,
+            "leave such rows out, or name all classes, as in data.classes=[-1, 0, 1]",
+        )
     return tuple(sorted(set(names)))
 
 
@@ -141,10 +152,18 @@ def _label_words(given: Mapping[str, str], classes: tuple[str, ...]) -> tuple[st
 
 
 def _name(value: Any, declared: Sequence[str] | None, classes: Sequence[str], table: Table, number: int) -> str:
-    names = declared or classes
+    """The class name of one value.
+
+    An integer is a position in the names, unless the names are themselves integers: ``2`` is the
+    class "2" of "1", "2", "3". A ClassLabel's integers are positions always.
+    """
     index = _as_index(value)
-    if index is None or not names or str(value) in names:
-        return str(value if index is None or isinstance(value, str) else index).strip()
+    if index is None:
+        return str(value).strip()
+    names = declared or classes
+    by_position = declared is not None and not isinstance(value, str)
+    if not names or (not by_position and any(_as_index(n) is not None for n in names)):
+        return value.strip() if isinstance(value, str) else str(index)
     if not 0 <= index < len(names):
         raise ForewordError(
             f"label {index} names no class (there are {len(names)})",
@@ -157,13 +176,11 @@ def _name(value: Any, declared: Sequence[str] | None, classes: Sequence[str], ta
 def _as_index(value: Any) -> int | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, int):
-        return value
+    if isinstance(value, Integral):
+        return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-        return int(value)
-    return None
+    return int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else None
 
 
 def _refuse_unlabelled(values: Sequence[Any], declared: Sequence[str] | None, table: Table, column: str) -> None:
@@ -171,9 +188,12 @@ def _refuse_unlabelled(values: Sequence[Any], declared: Sequence[str] | None, ta
         index = _as_index(value)
         if declared and index is not None and 0 <= index < len(declared):
             return declared[index].lower() in UNLABELLED
-        return index == -1 or str(value).strip().lower() in UNLABELLED
+        if declared and index == NO_LABEL:
+            return True
+        return str(value).strip().lower() in UNLABELLED
 
-    if all(is_missing(v) or hidden(v) for v in values):
+    # Without a declaration a -1 among other values may be one of them (sentiment -1, 0, 1; sums).
+    if all(is_missing(v) or hidden(v) or _as_index(v) == NO_LABEL for v in values):
         raise ForewordError(
             "this split has no real labels (its makers keep them hidden), so nothing can be learnt or scored on it",
             f"{table.origin}, column '{column}'",

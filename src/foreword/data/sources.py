@@ -44,7 +44,8 @@ def read_table(path: str, split: str = "train", revision: str | None = None) -> 
                 f"rename it to one of {', '.join(READERS)}",
             )
         return _table(*reader(_read_bytes(file), path), origin=path)
-    if reader is None and HUB_ID.fullmatch(path):
+    local = bool(file.suffix) and file.parent.is_dir()  # data/rows.txt, mistyped, is no user/name
+    if reader is None and HUB_ID.fullmatch(path) and not local:
         return read_hub(path, split, revision)
     raise _no_such_file(file, path)
 
@@ -60,34 +61,38 @@ def rows_table(rows: Sequence[Row], origin: str = "the rows given") -> Table:
 def parse_csv(content: bytes, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """Parses CSV with a header line; every row must have as many fields as the header."""
     text = _decode(content, where)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a whole document in a field is no mistake
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records: list[tuple[int, list[str]]] = []
+    start = 1
     try:
-        header = next((fields for fields in reader if fields), None)
-        if header is None:
-            raise _empty(where)
-        columns = tuple(header)
-        if len(set(columns)) < len(columns):
-            twice = next(c for c in columns if columns.count(c) > 1)
-            raise ForewordError(f"column '{twice}' stands twice in the header", where, "rename one of them")
-        rows = []
-        start = reader.line_num + 1
         for fields in reader:
-            if fields:
-                if len(fields) != len(columns):
-                    raise ForewordError(
-                        f"{len(fields)} fields where the header has {len(columns)}",
-                        f"{where}, line {start}",
-                        "quote fields that contain commas or line breaks",
-                    )
-                rows.append(dict(zip(columns, fields, strict=True)))
+            if fields:  # a blank line has none
+                records.append((start, fields))
             start = reader.line_num + 1
     except csv.Error as e:
         raise ForewordError(
             f"malformed CSV: {e}",
-            f"{where}, line {reader.line_num}",
+            f"{where}, line {start}",  # where the record starts: an open quote runs on to the file's end
             'quote the field and double quotes inside it: "a ""b"" c"',
         ) from None
-    return columns, rows
+    if not records:
+        raise _empty(where)
+    columns = tuple(records[0][1])
+    if len(set(columns)) < len(columns):
+        twice = next(c for c in columns if columns.count(c) > 1)
+        raise ForewordError(f"column '{twice}' stands twice in the header", where, "rename one of them")
+    return columns, [_csv_row(columns, fields, f"{where}, line {line}") for line, fields in records[1:]]
+
+
+def _csv_row(columns: tuple[str, ...], fields: list[str], place: str) -> dict[str, Any]:
+    if len(fields) != len(columns):
+        raise ForewordError(
+            f"{len(fields)} fields where the header has {len(columns)}",
+            place,
+            "quote fields that contain commas or line breaks",
+        )
+    return dict(zip(columns, fields, strict=True))
 
 
 def parse_jsonl(content: bytes, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
@@ -98,11 +103,7 @@ def parse_jsonl(content: bytes, where: str) -> tuple[tuple[str, ...], list[dict[
         if not line.strip():
             continue
         place = f"{where}, line {number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as e:
-            reason = getattr(e, "msg", "nested too deeply")
-            raise ForewordError(f"malformed JSON: {reason}", place, "write one JSON object a line") from None
+        row = _json(line, place)
         if not isinstance(row, dict):
             raise ForewordError("the line is no JSON object", place, 'write {"column": value, ...}')
         columns.update(dict.fromkeys(row))
@@ -110,6 +111,20 @@ def parse_jsonl(content: bytes, where: str) -> tuple[tuple[str, ...], list[dict[
     if not rows:
         raise _empty(where)
     return tuple(columns), [{c: row.get(c) for c in columns} for row in rows]
+
+
+def _json(line: str, place: str) -> Any:
+    try:
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()  # half an emoji (a lone \\ud83d) is no text
+    except UnicodeEncodeError:
+        raise ForewordError(
+            "half of a surrogate pair: a cut emoji", place, "leave that character out, or write the whole pair"
+        ) from None
+    except (ValueError, RecursionError) as e:  # ValueError: also a number of thousands of digits
+        reason = getattr(e, "msg", "") or str(e)
+        raise ForewordError(f"malformed JSON: {reason}", place, "write one JSON object a line") from None
+    return value
 
 
 def parse_parquet(content: bytes, where: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:

@@ -42,13 +42,14 @@ class Template:
         """The context text of a row."""
         return "".join(p if isinstance(p, str) else str(row[p.column]) for p in self.parts)
 
-    def cut_field(self, row: Row) -> Field:
-        """The field to shorten: the marked one, else the row's longest, at its end."""
-        marked = [f for f in self.fields if f.cut]
-        if marked:
-            return max(marked, key=lambda f: len(str(row[f.column])))
-        longest = max(self.fields, key=lambda f: len(str(row[f.column])))
-        return Field(longest.column, "cut")
+    @property
+    def cuts(self) -> tuple[Field, ...]:
+        """The fields that give way when a row is too long: the marked ones, else all, at their end."""
+        return tuple(f for f in self.fields if f.cut) or tuple(Field(f.column, "cut") for f in self.fields)
+
+    def shorten(self, row: Row, kept: int) -> Row:
+        """The row with at most ``kept`` characters in each field that gives way: the longest goes first."""
+        return {**row, **{f.column: _shorten(str(row[f.column]), f, kept) for f in self.cuts}}
 
 
 def parse(source: str) -> Template:
@@ -102,9 +103,12 @@ def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> 
 
 
 def _field(inner: str, source: str) -> Field:
-    for cut in _CUTS:
-        if inner.endswith(f"|{cut}"):
-            return Field(inner.removesuffix(f"|{cut}"), cut)
-    if not inner.strip():
+    cut = next((c for c in _CUTS if inner.endswith(f"|{c}")), "")
+    column = inner.removesuffix(f"|{cut}") if cut else inner
+    if not column.strip():
         raise ForewordError("an empty {} names no column", f"template {source!r}", "write {column}")
-    return Field(inner)
+    return Field(column, cut)
+
+
+def _shorten(text: str, field: Field, kept: int) -> str:
+    return text[max(len(text) - kept, 0) :] if field.cut == "cut-start" else text[:kept]

@@ -40,7 +40,7 @@ class State:
 
     rows: torch.nn.Parameter
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     step: int = 0
     best_rows: torch.Tensor | None = None
     best_score: float = -math.inf
@@ -65,7 +65,7 @@ class State:
                 "stopped": self.stopped,
                 "metrics_bytes": self.metrics_bytes,
                 "optimizer": optimizer,
-                "schedule": {"last_epoch": self.schedule.last_epoch, "last_lr": self.schedule.get_last_lr()},
+                "schedule": self.schedule.state_dict(),
             },
         )
 
@@ -76,9 +76,7 @@ class State:
             self.rows.copy_(tensors["rows"])
         self.best_rows = tensors.get("best_rows")
         unpack_optimizer(self.optimizer, tensors, state["optimizer"])
-        self.schedule.load_state_dict(
-            {"last_epoch": state["schedule"]["last_epoch"], "_last_lr": state["schedule"]["last_lr"]}
-        )
+        self.schedule.load_state_dict(dict(state["schedule"]))
         self.step, self.stale = state["step"], state["stale"]
         self.stopped, self.metrics_bytes = state["stopped"], state["metrics_bytes"]
         self.best_score = -math.inf if state["best_score"] is None else state["best_score"]

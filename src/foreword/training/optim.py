@@ -34,8 +34,8 @@ def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.opti
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate schedule over ``steps`` optimiser steps."""
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule over ``steps`` optimiser steps: a function of the step alone."""
     from transformers import SchedulerType, get_scheduler
 
     names = [s.value for s in SchedulerType]
@@ -45,9 +45,13 @@ def build_schedule(
             "key train.schedule",
             nearest(config.schedule, names) or f"known: {', '.join(names)}",
         )
+    fix = "linear, cosine, polynomial, constant, ..."
     try:
-        return get_scheduler(config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+        schedule = get_scheduler(
+            config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
+        )
     except (ValueError, TypeError) as e:
-        raise ForewordError(
-            f"the schedule needs more settings: {e}", f"train.schedule={config.schedule}", "linear, cosine or constant"
-        ) from None
+        raise ForewordError(f"the schedule needs more settings: {e}", f"train.schedule={config.schedule}", fix) from None
+    if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        raise ForewordError("the schedule follows a metric, not the step", f"train.schedule={config.schedule}", fix)
+    return schedule

