@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -58,7 +58,7 @@ class HubServer(ThreadingHTTPServer):
         return repo
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         self.status, self.code, self.message = status, code, message
 
@@ -73,9 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {path}")
         try:
             if self.server.status is not None:
-                raise _Refused(self.server.status, "", "out of order")
+                raise _RefusedError(self.server.status, "", "out of order")
             self._route(path.split("/"), body)
-        except _Refused as e:
+        except _RefusedError as e:
             headers = {"X-Error-Message": e.message, **({"X-Error-Code": e.code} if e.code else {})}
             self._answer({"error": e.message}, e.status, headers)
 
@@ -105,31 +105,31 @@ class _Handler(BaseHTTPRequestHandler):
             case [user, name, "resolve", ref, *file]:
                 self._resolve("models", user, name, ref, "/".join(file))
             case _:
-                raise _Refused(404, "", f"no such route: {'/'.join(parts)}")
+                raise _RefusedError(404, "", f"no such route: {'/'.join(parts)}")
 
     def _repo(self, kind: str, user: str, name: str, write: bool = False) -> Repo:
         repo = self.server.repos.get(f"{kind}/{user}/{name}")
         if (write or (repo and repo.private)) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refused(401, "", "Invalid username or password.")
+            raise _RefusedError(401, "", "Invalid username or password.")
         if repo is None:
-            raise _Refused(404, "RepoNotFound", "Repository not found")
+            raise _RefusedError(404, "RepoNotFound", "Repository not found")
         return repo
 
     def _files(self, kind: str, user: str, name: str, ref: str) -> tuple[str, Files]:
         repo = self._repo(kind, user, name)
         sha = repo.refs.get(ref, ref)
         if sha not in repo.commits:
-            raise _Refused(404, "RevisionNotFound", f"Invalid rev id: {ref}")
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {ref}")
         return sha, repo.commits[sha]
 
     def _create(self, wanted: dict[str, Any]) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refused(401, "", "Invalid username or password.")
+            raise _RefusedError(401, "", "Invalid username or password.")
         name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
         key = f"{wanted.get('type') or 'model'}s/{name}"
         if key in self.server.repos:
             return self._answer({"url": f"{self.server.url}/{name}"}, 409)
-        self.server.add(key, {".gitattributes": b""}, bool(wanted.get("private")))
+        self.server.add(key, {".gitattributes": b""}, wanted.get("visibility") == "private")
         return self._answer({"url": f"{self.server.url}/{name}"})
 
     def _commit(self, kind: str, user: str, name: str, ref: str, body: bytes) -> None:
@@ -149,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, files: Files, under: str) -> None:
         inside = {p: c for p, c in files.items() if not under or p.startswith(under + "/")}
         if under and not inside:
-            raise _Refused(404, "EntryNotFound", f"{under} does not exist")
+            raise _RefusedError(404, "EntryNotFound", f"{under} does not exist")
         folders = {"/".join(p.split("/")[:n]) for p in inside for n in range(1, p.count("/") + 1)} - {under}
         entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": f} for f in sorted(folders)]
         self._answer(entries + [_entry(p, c) for p, c in sorted(inside.items())])
@@ -161,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, kind: str, user: str, name: str, ref: str, file: str) -> None:
         sha, files = self._files(kind, user, name, ref)
         if file not in files:
-            raise _Refused(404, "EntryNotFound", f"{file} does not exist")
+            raise _RefusedError(404, "EntryNotFound", f"{file} does not exist")
         self._answer(files[file], headers={"ETag": f'"{_oid(files[file])}"', "X-Repo-Commit": sha})
 
     def _answer(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
@@ -175,7 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(body)}")
-        self.send_header("Content-Type", "application/octet-stream" if isinstance(content, bytes) else "application/json")
+        self.send_header(
+            "Content-Type", "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        )
         self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
         if self.command != "HEAD":

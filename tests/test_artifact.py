@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from foreword.artifact import atomic
 from foreword.artifact import folder as adapter_folder
 from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, TENSOR, WEIGHTS, peft_config, read_adapter, write_adapter
 from foreword.artifact.lock import run_folder
@@ -79,10 +80,7 @@ def test_rows_config_and_sidecar_come_back_bit_for_bit(shape: tuple[int, int], d
 
 def test_the_header_is_the_one_peft_writes(tmp_path: Path) -> None:
     content = (written(tmp_path) / WEIGHTS).read_bytes()
-    header = (
-        b'{"__metadata__":{"format":"pt"},'
-        b'"prompt_embeddings":{"dtype":"F32","shape":[3,8],"data_offsets":[0,96]}}'
-    )
+    header = b'{"__metadata__":{"format":"pt"},"prompt_embeddings":{"dtype":"F32","shape":[3,8],"data_offsets":[0,96]}}'
     header += b" " * (-len(header) % 8)
     assert content == len(header).to_bytes(8, "little") + header + bits(some_rows())
 
@@ -111,6 +109,8 @@ def test_unknown_config_keys_survive_a_re_save(tmp_path: Path) -> None:
     write_adapter(tmp_path / "b", found.rows, found.config, found.sidecar)
     assert (tmp_path / "b" / CONFIG).read_bytes() == (first / CONFIG).read_bytes()
     assert read_adapter(tmp_path / "b").config["zebra"] == {"of": "another tool"}
+    keys = list(json.loads((first / CONFIG).read_text()))
+    assert keys == sorted(keys), "as PEFT writes them"
 
 
 def test_the_sidecar_survives_a_re_save_byte_for_byte(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_sidecar_key_of_a_later_foreword_is_passed_over(tmp_path: Path) -> Non
 # --- what is refused -------------------------------------------------------------------------
 
 
-def cut(file: str, keep: float) -> Callable[[Path], None]:
+def cut(file: str, keep: float) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         content = (folder / file).read_bytes()
         (folder / file).write_bytes(content[: int(len(content) * keep)])
@@ -137,28 +137,36 @@ def cut(file: str, keep: float) -> Callable[[Path], None]:
     return damage
 
 
-def with_tensors(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
-    return lambda folder: (folder / WEIGHTS).write_bytes(save(tensors))  # type: ignore[func-returns-value]
+def as_folder(file: str) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).mkdir()
+
+    return damage
 
 
-def with_value(value: float) -> Callable[[Path], None]:
+def with_tensors(tensors: dict[str, torch.Tensor]) -> Callable[[Path], object]:
+    return lambda folder: (folder / WEIGHTS).write_bytes(save(tensors))
+
+
+def with_value(value: float) -> Callable[[Path], object]:
     rows = some_rows()
     rows[1, 2] = value
     return with_tensors({TENSOR: rows})
 
 
-def with_config(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / CONFIG).write_text(text, encoding="utf-8")  # type: ignore[func-returns-value]
+def with_config(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def changed_config(**more: Any) -> Callable[[Path], None]:
+def changed_config(**more: Any) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         (folder / CONFIG).write_text(json.dumps({**json.loads((folder / CONFIG).read_text()), **more}))
 
     return damage
 
 
-def with_sidecar(**more: Any) -> Callable[[Path], None]:
+def with_sidecar(**more: Any) -> Callable[[Path], object]:
     def damage(folder: Path) -> None:
         content = {"format": 1, **dataclasses.asdict(SIDE), **more}
         (folder / SIDECAR).write_text(json.dumps({k: v for k, v in content.items() if v != "gone"}))
@@ -166,16 +174,16 @@ def with_sidecar(**more: Any) -> Callable[[Path], None]:
     return damage
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
     "config cut": (cut(CONFIG, 0.5), "not JSON"),
-    "config in UTF-16": (lambda f: (f / CONFIG).write_bytes("{}".encode("utf-16")), "not JSON"),  # type: ignore[func-returns-value]
+    "config in UTF-16": (lambda f: (f / CONFIG).write_bytes("{}".encode("utf-16")), "not JSON"),
     "config is a list": (with_config("[1]"), "PROMPT_TUNING"),
     "config is nested too deeply": (with_config("[" * 100_000), "not JSON"),
     "another peft type": (changed_config(peft_type="LORA"), "LORA, not PROMPT_TUNING"),
     "no peft type": (changed_config(peft_type=None), "PROMPT_TUNING"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no weights"),
-    "weights are a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "no weights"),  # type: ignore[func-returns-value]
+    "weights are a folder": (as_folder(WEIGHTS), "no weights"),
     "weights cut in the values": (cut(WEIGHTS, 0.9), "truncated"),
     "weights cut in the header": (cut(WEIGHTS, 0.2), "truncated"),
     "weights empty": (cut(WEIGHTS, 0), "truncated"),
@@ -188,10 +196,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another length": (changed_config(num_virtual_tokens=4), "[3, 8], its configuration says [4, 8]"),
     "one dimension": (with_tensors({TENSOR: torch.ones(24)}), "shape [24]"),
     "no rows": (with_tensors({TENSOR: torch.ones(0, 8)}), "shape [0, 8]"),
-    "sidecar cut": (lambda f: (with_sidecar()(f), cut(SIDECAR, 0.5)(f)), "damaged sidecar"),  # type: ignore[func-returns-value]
+    "sidecar cut": (lambda f: (with_sidecar()(f), cut(SIDECAR, 0.5)(f)), "damaged sidecar"),
     "sidecar without a task": (with_sidecar(task="gone"), "damaged sidecar"),
     "sidecar with a list for a table": (with_sidecar(scores=[1, 2]), "damaged sidecar"),
-    "sidecar that is a list": (lambda f: (f / SIDECAR).write_text("[]"), "damaged sidecar"),  # type: ignore[func-returns-value]
+    "sidecar that is a list": (lambda f: (f / SIDECAR).write_text("[]"), "damaged sidecar"),
     "sidecar with fewer words than classes": (
         with_sidecar(task={**dataclasses.asdict(SIDE.task), "words": ["one"]}),
         "damaged sidecar",
@@ -309,7 +317,7 @@ def test_a_failed_write_leaves_the_old_files_whole(tmp_path: Path, file: str, mo
     """A full disk, stood in for by the system call that reports it."""
     before = read_adapter(written(tmp_path, sidecar=SIDE))
     contents = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    real, fsync = adapter_folder.write_atomic, os.fsync
+    real, fsync = atomic.write_atomic, os.fsync
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -326,7 +334,7 @@ def test_a_failed_write_leaves_the_old_files_whole(tmp_path: Path, file: str, mo
 
 def test_a_killed_first_write_is_no_adapter_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The configuration comes last, so weights alone are never taken for a finished adapter."""
-    real = adapter_folder.write_atomic
+    real = atomic.write_atomic
 
     def killed(path: Path, content: bytes) -> None:
         if path.name == CONFIG:
@@ -351,9 +359,9 @@ def test_a_folder_that_cannot_be_made_is_an_error_with_its_path(tmp_path: Path) 
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
-    with run_folder(tmp_path / "run", resume=False):
-        with pytest.raises(ForewordError, match="another run is writing here"), run_folder(tmp_path / "run", True):
-            pytest.fail("two writers in one folder")
+    refused = pytest.raises(ForewordError, match="another run is writing here")
+    with run_folder(tmp_path / "run", resume=False), refused, run_folder(tmp_path / "run", resume=True):
+        pytest.fail("two writers in one folder")
 
 
 def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path: Path) -> None:

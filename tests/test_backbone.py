@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from foreword.backbone.fingerprint import Fingerprint
 from foreword.backbone.generate import Sampling, generate, stream
 from foreword.backbone.load import choose_device, load_backbone

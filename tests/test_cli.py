@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROWS, write_csv
 
+from conftest import ROWS, write_csv
 from foreword.cli.main import main
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -95,9 +95,7 @@ def test_evaluate_writes_scores_with_intervals_and_baselines(cli: Cli, done: Pat
     assert all(len(line) <= 80 for line in out.splitlines() if "rows of" not in line and "written" not in line), out
 
 
-def test_predict_keeps_the_input_columns_and_adds_label_and_probabilities(
-    cli: Cli, done: Path, tmp_path: Path
-) -> None:
+def test_predict_keeps_the_input_columns_and_adds_label_and_probabilities(cli: Cli, done: Path, tmp_path: Path) -> None:
     code, _, err = cli("predict", done / "run", done / "test.csv", "--out", tmp_path / "p.csv")
     assert code == 0, err
     with (tmp_path / "p.csv").open(newline="") as f:
@@ -161,7 +159,7 @@ def test_free_text_targets_train_and_score(cli: Cli, model_folder: Path, tmp_pat
     rows = [(f"word {i}", f"the fox {i}") for i in range(6)]
     data = write_csv(tmp_path / "d.csv", rows)
     args = train_args(model_folder, data, tmp_path / "run")
-    code, out, err = cli(*args, *QUICK, "data.eval_fraction=0.5", "data.validation_fraction=0.3", "train.select=loss")
+    code, _, err = cli(*args, *QUICK, "data.eval_fraction=0.5", "data.validation_fraction=0.3", "train.select=loss")
     assert code == 0, err
     scores = json.loads((tmp_path / "run" / "foreword.json").read_text())["scores"]
     assert scores["n"] == 3

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from foreword.backbone.choose import choose_layout
 from foreword.backbone.forward import (
     compute_prefix,

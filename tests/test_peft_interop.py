@@ -9,10 +9,10 @@ from typing import Any
 
 import peft
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from foreword.artifact.folder import (
     CONFIG,
     LEGACY_WEIGHTS,
@@ -58,13 +58,13 @@ def model_of(base: Path) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def our_logits(base: Path, rows: torch.Tensor) -> torch.Tensor:
+def our_logits(base: Path, rows: torch.Tensor) -> Any:
     backbone = _loaded(base)
     with torch.no_grad(), VirtualTokens(backbone.embedding, rows) as virtual:
         return backbone.model(input_ids=torch.cat([torch.tensor([virtual.ids]), IDS], dim=1)).logits
 
 
-def peft_logits(model: Any) -> torch.Tensor:
+def peft_logits(model: Any) -> Any:
     with torch.no_grad():
         return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
@@ -77,7 +77,9 @@ def our_folder(folder: Path, base: Path, init_text: str | None = None, sidecar: 
 
 
 def peft_model(base: Path, init: str = "TEXT", tokens: int = 5) -> Any:
-    text = {"prompt_tuning_init_text": INIT_TEXT, "tokenizer_name_or_path": str(base)} if init == "TEXT" else {}
+    text: dict[str, Any] = (
+        {"prompt_tuning_init_text": INIT_TEXT, "tokenizer_name_or_path": str(base)} if init == "TEXT" else {}
+    )
     config = peft.PromptTuningConfig(
         task_type="CAUSAL_LM", prompt_tuning_init=init, num_virtual_tokens=tokens, revision=None, **text
     )
@@ -85,7 +87,7 @@ def peft_model(base: Path, init: str = "TEXT", tokens: int = 5) -> Any:
     return peft.get_peft_model(model_of(base), config)
 
 
-def peft_rows(model: Any) -> torch.Tensor:
+def peft_rows(model: Any) -> Any:
     return model.prompt_encoder["default"].embedding.weight.detach().clone()
 
 
@@ -143,7 +145,7 @@ def test_a_named_peft_adapter_is_found_in_its_subfolder(base: Path, tmp_path: Pa
 @pytest.mark.parametrize("init_text", [None, "größer oder kleiner?"], ids=["random", "text"])
 def test_peft_saves_our_folder_again_byte_for_byte(base: Path, tmp_path: Path, init_text: str | None) -> None:
     our_folder(tmp_path / "ours", base, init_text)
-    peft.PeftModel.from_pretrained(model_of(base), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    peft.PeftModel.from_pretrained(model_of(base), tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "theirs" / file).read_bytes() == (tmp_path / "ours" / file).read_bytes()
 

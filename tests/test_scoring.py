@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from foreword.backbone.choose import Layout
 from foreword.backbone.load import Backbone
 from foreword.evaluation.evaluate import no_prompt, pooled, run_rows, scores_of

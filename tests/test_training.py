@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from rich.console import Console
 
+import tiny
 from foreword.backbone.choose import Choice
 from foreword.backbone.load import Backbone
 from foreword.config import TrainConfig
@@ -23,9 +23,7 @@ from foreword.training.loop import epoch_order, make_plan, start, train
 from foreword.training.optim import build_optimizer, build_schedule
 
 PACKED = Choice("packed", "packed", "test")
-EXAMPLES = [
-    Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)
-]
+EXAMPLES = [Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)]
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "nadam", "radam", "adagrad", "adadelta", "rprop", "asgd", "adamax"]
 
 
@@ -44,9 +42,7 @@ def run(
     events: list[dict[str, Any]] = []
     plan = make_plan(len(EXAMPLES), config)
     state = start(first_rows(), config, plan, backbone.device)
-    kept = train(
-        backbone, EXAMPLES, state, config, plan, layout, on_event=lambda e: events.append(dict(e)), **kwargs
-    )  # type: ignore[arg-type]
+    kept = train(backbone, EXAMPLES, state, config, plan, layout, on_event=lambda e: events.append(dict(e)), **kwargs)  # type: ignore[arg-type]
     return kept, events
 
 

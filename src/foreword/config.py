@@ -151,6 +151,8 @@ SECTIONS: dict[str, type] = {
 }
 FILES = (".csv", ".jsonl", ".parquet")
 """Suffixes of data files."""
+BREAKS = frozenset("\n\r\x85\u2028\u2029")
+"""What YAML takes for a line break; in plain text and single quotes some would be read as spaces."""
 
 
 def keys() -> list[str]:
@@ -242,9 +244,17 @@ def to_yaml(recipe: Recipe, comments: bool = True) -> str:
             value = _plain(getattr(getattr(recipe, section), f.name))
             if comments:
                 lines.append(f"  # {docs[f.name]}")
-            dumped = yaml.safe_dump([value], allow_unicode=True, default_flow_style=True, width=10**6)
+            dumped = yaml.dump([value], Dumper=_Dumper, allow_unicode=True, default_flow_style=True, width=10**6)
             lines.append(f"  {f.name}: {dumped.strip()[1:-1]}")
     return "\n".join(lines) + "\n"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps text on its line: one with line breaks stands in double quotes, its breaks escaped."""
+
+    def represent_scalar(self, tag: str, value: str, style: str | None = None) -> yaml.ScalarNode:
+        """A scalar in the style that keeps it."""
+        return super().represent_scalar(tag, value, '"' if BREAKS & set(value) else style)
 
 
 def as_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:

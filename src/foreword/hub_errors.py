@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from foreword.errors import ForewordError
 
 _TOKEN = "log in with `hf auth login` or set HF_TOKEN (with write access to push)"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What the hub takes as user/name."""
+_UNREACHABLE = "the hub cannot be reached and the cache does not hold it"
 _TRANSPORT = ("httpx2", "httpcore2", "httpx", "httpcore")
 
 Explain = Callable[[BaseException, str], ForewordError]
@@ -27,6 +31,12 @@ def hub_error(error: BaseException, repo: str) -> ForewordError | None:
     if any(type(e).__module__.split(".")[0] in _TRANSPORT for e in chain):
         return _unreachable(error, repo)
     return None
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether there is no way to the hub at all (no network, or offline mode)."""
+    found = hub_error(error, "")
+    return found is not None and found.what == _UNREACHABLE
 
 
 def _table() -> list[tuple[type[BaseException] | tuple[type[BaseException], ...], Explain]]:
@@ -70,13 +80,15 @@ def _refused(error: BaseException, repo: str) -> ForewordError:
     status = _status(error)
     if status in (401, 403):
         return ForewordError(f"not authorised ({status})", f"hub, {repo}", _TOKEN)
-    kind = "the hub is in trouble" if status >= 500 else "the hub refused"
-    return ForewordError(f"{kind} ({status}): {_first(error)}", f"hub, {repo}", "try again later")
+    kind, fix = "the hub refused", "check the id, the revision and your token"
+    if status >= 500 or status == 429:  # its own failure, or too many requests
+        kind, fix = "the hub is in trouble", "try again later"
+    return ForewordError(f"{kind} ({status}): {_first(error)}", f"hub, {repo}", fix)
 
 
 def _unreachable(error: BaseException, repo: str) -> ForewordError:
     return ForewordError(
-        "the hub cannot be reached and the cache does not hold it",
+        _UNREACHABLE,
         f"hub, {repo}",
         "check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder",
     )

@@ -72,11 +72,16 @@ def write_adapter(folder: Path, rows: torch.Tensor, config: Mapping[str, Any], s
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ForewordError(f"cannot make the folder: {e.strerror}", str(folder), "give another folder") from None
-    tensor = rows.detach().to("cpu", torch.float32).contiguous()
-    write_atomic(folder / WEIGHTS, save({TENSOR: tensor}, metadata={"format": "pt"}))
+    write_atomic(folder / WEIGHTS, weights_bytes(rows))
     if sidecar is not None:
         write_atomic(folder / SIDECAR, sidecar.to_json().encode())
     write_atomic(folder / CONFIG, json.dumps(dict(config), indent=2, sort_keys=True).encode())
+
+
+def weights_bytes(rows: torch.Tensor) -> bytes:
+    """The safetensors file of rows ``[P, H]``."""
+    tensor = rows.detach().to("cpu", torch.float32).contiguous()
+    return save({TENSOR: tensor}, metadata={"format": "pt"})
 
 
 def read_adapter(folder: Path) -> Adapter:

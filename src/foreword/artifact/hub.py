@@ -4,30 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter
+from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter, weights_bytes
 from foreword.artifact.sidecar import SIDECAR
+from foreword.config import load_recipe, to_yaml
+from foreword.data.sources import file_name
 from foreword.errors import ForewordError
-from foreword.hub_errors import hub_error
+from foreword.hub_errors import HUB_ID, hub_error
 
-SHARED_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md", "recipe.yaml")
+RECIPE = "recipe.yaml"
+SHARED_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md", RECIPE)
 
 
 def push(folder: Path, repo: str, private: bool = False, message: str = "Add soft prompt") -> str:
     """Uploads a run's adapter, sidecar, card and recipe; returns the commit's address.
 
-    The token comes from ``HF_TOKEN`` or the login that ``hf auth login`` stored.
+    Weights in the older pickle format are shared as safetensors. The token comes from
+    ``HF_TOKEN`` or the login that ``hf auth login`` stored.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    read_adapter(folder)  # never share what could not be loaded
+    if not HUB_ID.fullmatch(repo):
+        raise ForewordError("not a hub id", repo, "hub ids look like user/name")
+    adapter = read_adapter(folder)  # never share what could not be loaded
+    files: dict[str, Path | bytes] = {n: folder / n for n in SHARED_FILES if (folder / n).is_file()}
+    files.setdefault(WEIGHTS, weights_bytes(adapter.rows))
+    if RECIPE in files:
+        files[RECIPE] = _without_folders(folder / RECIPE)
     api = HfApi()
     with _explained(repo):
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=list(SHARED_FILES), commit_message=message
-        )
+        if private and not api.model_info(repo).private:  # it was there before, and public
+            raise ForewordError("the repository is public", f"hub, {repo}", "make it private there, or use a new id")
+        adds = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=content) for n, content in files.items()]
+        commit = api.create_commit(repo, adds, commit_message=message)
     return str(commit.commit_url)
 
 
@@ -45,10 +57,19 @@ def locate(path_or_id: str, revision: str | None = None) -> Path:
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path
-    local = path_or_id.startswith((".", "/", "~", "runs/")) or path_or_id.count("/") != 1 or path.exists()
-    if local or path.parent.is_dir():
+    local = path_or_id.startswith("runs/") or path.parent.is_dir() or not HUB_ID.fullmatch(path_or_id)
+    if local:
         raise ForewordError("no such run or adapter folder", path_or_id, "check the path; hub ids look like user/name")
     return fetch(path_or_id, revision)
+
+
+def _without_folders(recipe: Path) -> bytes:
+    """The recipe to share: files by their names alone, for folders are the author's own business."""
+    found = load_recipe(recipe)
+    data = found.data
+    held_out = data.eval_path and file_name(data.eval_path)
+    data = replace(data, path=file_name(data.path), eval_path=held_out)
+    return to_yaml(replace(found, data=data, model=replace(found.model, id=file_name(found.model.id)))).encode()
 
 
 @contextmanager

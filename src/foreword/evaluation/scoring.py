@@ -89,7 +89,8 @@ def class_probabilities(scores: BranchScores, with_end: bool) -> Floats:
     """Label probabilities ``[n, C]``: the softmax over the classes' log-likelihoods."""
     values = scores.full if with_end else scores.words
     shifted = np.exp(values - values.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+    probabilities: Floats = shifted / shifted.sum(1, keepdims=True)
+    return probabilities
 
 
 def needs_end(label_ids: Sequence[Sequence[int]]) -> bool:

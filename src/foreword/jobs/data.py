@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from foreword.config import DataConfig
 from foreword.data.encode import rows_hash
 from foreword.data.labels import build_task, drop_incomplete, label_names
-from foreword.data.sources import read_table, rows_table
+from foreword.data.sources import file_name, read_table, rows_table
 from foreword.data.splits import hold_out, k_folds
 from foreword.data.template import parse, require_columns
 from foreword.records import Row, Table, Task
@@ -52,7 +52,7 @@ def read_splits(
     if config.eval_fraction:
         keep, out = hold_out(labels, config.eval_fraction, config.seed)
         train, held_out = table.pick(keep), table.pick(out)
-        protocol = f"{len(out)} rows held out of {table.origin} (seed {config.seed})"
+        protocol = f"{len(out)} rows held out of {file_name(table.origin)} (seed {config.seed})"
         labels = [labels[i] for i in keep]
     validation = None
     if config.validation_fraction:
@@ -62,7 +62,7 @@ def read_splits(
     folds: tuple[tuple[list[int], list[int]], ...] = ()
     if config.folds:
         folds = tuple(k_folds(labels, min(config.folds, len(train)), config.seed))
-        protocol = f"{len(folds)}-fold cross-validation on {train.origin} (seed {config.seed})"
+        protocol = f"{len(folds)}-fold cross-validation on {file_name(train.origin)} (seed {config.seed})"
     return Splits(task, train, held_out, validation, folds, protocol, digest)
 
 
@@ -91,7 +91,7 @@ def _held_out(config: DataConfig, eval_rows: Sequence[Row] | None, columns: Sequ
     if config.drop_incomplete:
         table = drop_incomplete(table, [*columns, config.label])
     label_names(table, config.label, config.classes)
-    return table, f"all {len(table)} rows of {table.origin}"
+    return table, f"all {len(table)} rows of {file_name(table.origin)}"
 
 
 def _columns(config: DataConfig, table: Table) -> list[str]:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from foreword.artifact.folder import Adapter, read_adapter
-from foreword.artifact.hub import locate
+from foreword.artifact.hub import locate, push
 from foreword.backbone.choose import Layout, choose_layout
 from foreword.backbone.fingerprint import Fingerprint
 from foreword.backbone.generate import Sampling, generate, stream
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.config import ModelConfig
 from foreword.data.encode import Encoder
-from foreword.data.sources import rows_table
+from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import majority_baseline, no_prompt, run_rows, scores_of, silent
@@ -119,8 +119,12 @@ class Foreword:
         return {
             **scores_of(outcome, classes),
             "baselines": baselines,
-            "protocol": f"all {len(examples)} rows of {table.origin}",
+            "protocol": f"all {len(examples)} rows of {file_name(table.origin)}",
         }
+
+    def push(self, repo: str, private: bool = False) -> str:
+        """Uploads the adapter folder to the hub; returns the commit's address."""
+        return push(self.adapter.folder, repo, private)
 
     def _training_counts(self) -> list[int]:
         """Training rows of each class; empty when the adapter does not say."""

@@ -46,7 +46,8 @@ def initial_rows(config: PromptConfig, task: Task, encoder: Encoder, backbone: B
 
     def embed(ids: Sequence[int]) -> torch.Tensor:
         with torch.no_grad():
-            return backbone.embedding(torch.tensor(list(ids), device=backbone.device)).float().cpu()
+            rows: torch.Tensor = backbone.embedding(torch.tensor(list(ids), device=backbone.device))
+            return rows.float().cpu()
 
     def frequent() -> list[int]:
         found = init.frequent_ids(backbone.tokenizer.get_vocab(), special, backbone.vocab_size)

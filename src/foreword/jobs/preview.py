@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foreword.backbone.load import load_tokenizer
 from foreword.config import Recipe
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
@@ -35,10 +36,8 @@ class Preview:
 
 def preview(recipe: Recipe, count: int, rows: Sequence[Row] | None = None) -> Preview:
     """Encodes all training rows as a run would, and shows ``count`` of them. Loads no weights."""
-    from foreword.backbone.load import load_config, load_tokenizer
-
     splits: Splits = read_splits(recipe.data, rows)
-    tokenizer, config = load_tokenizer(recipe.model), load_config(recipe.model)
+    tokenizer, config = load_tokenizer(recipe.model)
     window = int(getattr(config, "max_position_embeddings", None) or 10**9)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id
     if not isinstance(end, int):

@@ -52,11 +52,11 @@ def from_vocabulary(candidates: Sequence[int], embed: Embed, generator: torch.Ge
 
 def from_random(sample: torch.Tensor, generator: torch.Generator) -> Initialiser:
     """Gaussian rows with the norm of real embeddings, taken from ``sample`` ``[m, H]``."""
-    norm = torch.linalg.vector_norm(sample, dim=1).mean()
+    norm = float(sample.norm(dim=1).mean())
 
     def rows(n: int) -> torch.Tensor:
         noise = torch.randn(n, sample.shape[1], generator=generator)
-        return noise / torch.linalg.vector_norm(noise, dim=1, keepdim=True) * norm
+        return torch.nn.functional.normalize(noise, dim=1) * norm
 
     return rows
 

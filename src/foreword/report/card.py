@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from foreword.artifact.sidecar import Sidecar
+from foreword.backbone.source import SMOLLM2
+from foreword.data.template import parse
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -17,7 +21,7 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
     """The card: what it is, template and label words, scores with intervals, how to load it."""
     base = str(sidecar.backbone["name"])
     front: dict[str, Any] = {"library_name": "peft", "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
-    if _HUB_ID.fullmatch(base):
+    if _HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
         front["base_model"] = base
     task = sidecar.task
     lines = [
@@ -26,7 +30,7 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
         f"{adapter['num_virtual_tokens']} virtual tokens of width {adapter['token_dim']} for the frozen model "
         f"`{base}`, trained with [Foreword](https://pypi.org/project/foreword) on "
         f"{sidecar.training['rows']} rows.", "",
-        "## Template", "", "```text", f"{task.template}{task.separator}<target>", "```", "",
+        "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
         *_classes(sidecar), *_scores(sidecar.scores), *_usage(sidecar, base), *_training(sidecar),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -58,7 +62,7 @@ def _classes(sidecar: Sidecar) -> list[str]:
     task = sidecar.task
     if not task.classifies:
         return []
-    rows = [f"| {_cell(c)} | `{_cell(w)}` |" for c, w in zip(task.classes, task.words, strict=True)]
+    rows = [f"| {_cell(c)} | {_cell(_code(w))} |" for c, w in zip(task.classes, task.words, strict=True)]
     return ["| class | label words |", "|---|---|", *rows, ""]
 
 
@@ -75,21 +79,50 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
 
 
 def _usage(sidecar: Sidecar, base: str) -> list[str]:
-    column = re.findall(r"\{([^{}|]+)", sidecar.task.template)
-    row = "{" + ", ".join(f'"{c}": "..."' for c in column) + "}"
+    row = json.dumps({f.column: "..." for f in parse(sidecar.task.template).fields}, ensure_ascii=False)
+    verb = "predict" if sidecar.task.classifies else "generate"
+    ours = f"""\
+import foreword
+task = foreword.load("<this folder or repository>")
+print(task.{verb}([{row}]))"""
     return [
-        "## Use", "", "```python", "import foreword", 'task = foreword.load("<this folder or repository>")',
-        f"print(task.predict([{row}]))" if sidecar.task.classifies else f"print(task.generate([{row}]))",
-        "```", "", "With PEFT (one row at a time: PEFT's batches depend on their padding):", "",
-        "```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-        'model = PeftModel.from_pretrained(model, "<this folder or repository>")', "```", "",
+        "## Use", "", *_fenced(ours, "python"), "",
+        "With PEFT (one row at a time: PEFT's batches depend on their padding):", "",
+        *_fenced(_with_peft(base), "python"), "",
     ]  # fmt: skip
+
+
+def _with_peft(base: str) -> str:
+    name, imported = json.dumps(base, ensure_ascii=False), ""
+    if base == SMOLLM2 or base.endswith(".gguf"):  # names that transformers alone does not know
+        name, imported = f"resolve({name})", "from foreword.backbone.source import resolve\n"
+    return f"""\
+{imported}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({name})
+model = PeftModel.from_pretrained(model, "<this folder or repository>")"""
 
 
 def _training(sidecar: Sidecar) -> list[str]:
     facts = {**sidecar.training, **{f"{k} version": v for k, v in sidecar.versions.items()}}
-    return ["## Training", "", *[f"- {k.replace('_', ' ')}: {v}" for k, v in facts.items()]]
+    return ["## Training", "", *[f"- {k.replace('_', ' ')}: {v}" for k, v in facts.items() if v is not None]]
+
+
+def _fenced(text: str, language: str) -> list[str]:
+    """A code block, whatever backticks the text itself has."""
+    fence = _longer_than_any("`" * 2, text)
+    return [f"{fence}{language}", text, fence]
+
+
+def _code(text: str) -> str:
+    """A code span, whatever backticks the text itself has."""
+    fence = _longer_than_any("", text)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _longer_than_any(least: str, text: str) -> str:
+    runs: list[str] = re.findall("`+", text)
+    return max([least, *runs], key=len) + "`"
 
 
 def _cell(text: str) -> str:

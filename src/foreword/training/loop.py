@@ -215,7 +215,7 @@ def _step(
             f"step {state.step + 1}",
             "lower train.lr, set train.clip=1, or model.dtype=float32",
         )
-    rate = state.schedule.get_last_lr()[0]
+    rate = float(state.schedule.get_last_lr()[0])
     state.optimizer.step()
     state.schedule.step()
     return {"loss": value, "grad_norm": size, "lr": rate, "tokens": fed}

@@ -13,7 +13,7 @@ from foreword.errors import ForewordError, nearest
 
 def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser over the soft prompt ``[P, H]``; AdamW as in the guide by default."""
-    known = {
+    known: dict[str, Any] = {
         name.lower(): cls
         for name, cls in vars(torch.optim).items()
         if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
@@ -29,7 +29,8 @@ def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.opti
         )
     accepted = inspect.signature(cls).parameters
     kwargs: dict[str, Any] = {"weight_decay": config.weight_decay} if "weight_decay" in accepted else {}
-    return cls([rows], lr=config.lr, **kwargs)
+    optimizer: torch.optim.Optimizer = cls([rows], lr=config.lr, **kwargs)
+    return optimizer
 
 
 def build_schedule(
@@ -51,7 +52,9 @@ def build_schedule(
             config.schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps
         )
     except (ValueError, TypeError) as e:
-        raise ForewordError(f"the schedule needs more settings: {e}", f"train.schedule={config.schedule}", fix) from None
+        raise ForewordError(
+            f"the schedule needs more settings: {e}", f"train.schedule={config.schedule}", fix
+        ) from None
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         raise ForewordError("the schedule follows a metric, not the step", f"train.schedule={config.schedule}", fix)
     return schedule

@@ -33,6 +33,7 @@ class MetricsFile:
             raise self._failed(e) from None
 
     def __call__(self, event: Event) -> None:
+        """Writes one event as one line."""
         try:
             self._file.write(json.dumps(dict(event)).encode() + b"\n")
             self._file.flush()
@@ -68,6 +69,7 @@ class Display:
         self._rate = 0.0
 
     def __call__(self, event: Event) -> None:
+        """Shows a step or a validation."""
         if event["event"] == "validation":
             scores = [f"{k.replace('_', '-')} {event[k]:.3f}" for k in ("accuracy", "macro_f1") if k in event]
             self._score = " ".join(["val", *scores[:1], f"loss {event['loss']:.3f}"])

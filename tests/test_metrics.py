@@ -1,0 +1,142 @@
+"""Scores against scikit-learn and plain loops; the bootstrap's promises."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from foreword.evaluation.metrics import (
+    BINS,
+    Floats,
+    Ints,
+    accuracy,
+    calibration_error,
+    classification_scores,
+    confusion_matrix,
+    interval,
+    macro_f1,
+    precision_recall_f1,
+    token_loss,
+)
+
+thorough = settings(max_examples=100, deadline=None)
+
+
+@st.composite
+def outcomes(draw: st.DrawFn) -> tuple[Ints, Floats]:
+    """True classes ``[n]`` and probabilities ``[n, C]``; some classes may never occur."""
+    n, classes = draw(st.integers(1, 30)), draw(st.integers(2, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    weights = rng.random((n, classes)) ** draw(st.sampled_from([0.1, 1, 20]))
+    return rng.integers(0, draw(st.integers(1, classes)), n), weights / weights.sum(1, keepdims=True)
+
+
+@thorough
+@given(outcomes())
+def test_figures_are_those_of_scikit_learn(outcome: tuple[Ints, Floats]) -> None:
+    truth, probabilities = outcome
+    predicted, classes = probabilities.argmax(1), list(range(probabilities.shape[1]))
+    confusion = confusion_matrix(truth, predicted, len(classes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of single classes
+        np.testing.assert_array_equal(confusion, sk.confusion_matrix(truth, predicted, labels=classes))
+    assert accuracy(confusion) == pytest.approx(sk.accuracy_score(truth, predicted))
+    assert macro_f1(confusion) == pytest.approx(sk.f1_score(truth, predicted, average="macro", zero_division=0))
+    expected = sk.precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+    np.testing.assert_allclose(precision_recall_f1(confusion).T, expected[:3])
+
+
+@thorough
+@given(outcomes())
+def test_calibration_error_is_the_plain_sum_over_bins(outcome: tuple[Ints, Floats]) -> None:
+    truth, probabilities = outcome
+    total = 0.0
+    for b in range(BINS):
+        inside = [
+            (row.max(), row.argmax() == t)
+            for row, t in zip(probabilities, truth, strict=True)
+            if b <= row.max() * BINS < b + 1 or (b == BINS - 1 and row.max() == 1)
+        ]
+        if inside:
+            confidence, correct = np.mean([c for c, _ in inside]), np.mean([r for _, r in inside])
+            total += len(inside) / len(truth) * abs(confidence - correct)
+    assert calibration_error(truth, probabilities) == pytest.approx(total)
+
+
+def test_calibration_of_the_certain_and_of_the_honest() -> None:
+    certain = np.eye(2)[[0] * 10]
+    assert calibration_error(np.zeros(10, int), certain) == 0
+    assert calibration_error(np.ones(10, int), certain) == 1
+    honest = np.tile([0.7, 0.3], (10, 1))
+    assert calibration_error(np.array([0] * 7 + [1] * 3), honest) == pytest.approx(0)
+
+
+def example_scores() -> tuple[Ints, Floats, dict[str, object]]:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 80)
+    weights = rng.random((80, 3)) + 0.6 * np.eye(3)[truth]
+    probabilities = weights / weights.sum(1, keepdims=True)
+    return truth, probabilities, classification_scores(truth.tolist(), probabilities, ["a", "b", "c"])
+
+
+def test_the_report_holds_every_figure_under_its_class() -> None:
+    truth, probabilities, scores = example_scores()
+    predicted = probabilities.argmax(1)
+    expected = sk.classification_report(truth, predicted, target_names=["a", "b", "c"], output_dict=True)
+    assert scores["n"] == 80
+    assert scores["accuracy"] == pytest.approx(expected["accuracy"])
+    assert scores["macro_f1"] == pytest.approx(expected["macro avg"]["f1-score"])
+    assert scores["confusion"] == {"classes": ["a", "b", "c"], "counts": sk.confusion_matrix(truth, predicted).tolist()}
+    for name in "abc":
+        found = scores["per_class"][name]
+        wanted = [expected[name][k] for k in ("support", "precision", "recall", "f1-score")]
+        assert [found[k] for k in ("n", "precision", "recall", "f1")] == pytest.approx(wanted)
+
+
+def test_intervals_hold_their_estimate_and_repeat() -> None:
+    _, _, scores = example_scores()
+    assert scores == example_scores()[2]
+    pairs = [(scores[k], scores["intervals"][k]) for k in ("accuracy", "macro_f1", "calibration_error")]
+    pairs += [(c["f1"], c["f1_interval"]) for c in scores["per_class"].values()]
+    assert all(0 <= low <= value <= high <= 1 and low < high for value, (low, high) in pairs)
+
+
+def test_the_interval_of_a_mean_is_the_textbooks() -> None:
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    low, high = interval(400, lambda i: float(values[i].mean()))
+    assert low == pytest.approx(values.mean() - 1.96 * 2 / 20, abs=0.03)
+    assert high == pytest.approx(values.mean() + 1.96 * 2 / 20, abs=0.03)
+    assert interval(400, lambda i: float(values[i].mean()), seed=1) != [low, high]
+
+
+def test_a_class_without_rows_does_not_spoil_the_scores() -> None:
+    scores = classification_scores([0, 1], np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), ["a", "b", "c"])
+    assert scores["accuracy"] == scores["macro_f1"] == 1
+    assert scores["per_class"]["c"] == {"n": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": [0, 0]}
+
+
+@thorough
+@given(st.lists(st.tuples(st.floats(-50, 0), st.integers(1, 20)), min_size=1, max_size=20))
+def test_loss_is_a_mean_over_tokens(rows: list[tuple[float, int]]) -> None:
+    logprobs, tokens = [p for p, _ in rows], [n for _, n in rows]
+    per_token = [-p / n for p, n in rows for _ in range(n)]
+    found = token_loss(logprobs, tokens)
+    assert found["loss"] == pytest.approx(np.mean(per_token), abs=1e-12)
+    assert found["perplexity"] == pytest.approx(np.exp(np.mean(per_token)))
+    low, high = found["interval"]
+    assert low - 1e-9 <= high
+
+
+def test_a_long_row_weighs_more_than_a_short_one() -> None:
+    assert token_loss([-1.0, -27.0], [1, 9])["loss"] == 2.8  # the mean of rows would be 2
+    low, high = token_loss([-1.0, -27.0] * 20, [1, 9] * 20)["interval"]
+    assert 1 < low < 2.8 < high < 3
+
+
+def test_a_hopeless_loss_has_a_finite_perplexity() -> None:
+    assert np.isfinite(token_loss([-1e6], [1])["perplexity"])
