@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+# Before anything imports the hub's client, which reads these once: no test asks the internet.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-torch.set_num_threads(1)
 
 ROWS = [
     ("my parcel is late", "complaint"),

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreword import config
-from foreword.config import Recipe, check, load_recipe, merge, parse_overrides, to_yaml
+from foreword import checks, config
+from foreword.checks import check
+from foreword.config import Recipe
 from foreword.config import keys as known_keys
 from foreword.data.sources import READERS
 from foreword.errors import ForewordError
+from foreword.recipe import as_dict, load_recipe, merge, parse_overrides, to_yaml
 
 RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
 GOOD = {
@@ -228,7 +230,7 @@ def test_every_key_is_documented_and_the_yaml_shows_it() -> None:
 
 def test_a_recipe_as_a_dictionary_merges_back() -> None:
     recipe = recipe_of("data.classes=[a, b]", "train.lr=0.5", "data.label_words={a: x}")
-    assert merge(Recipe(), config.as_dict(recipe), "dict") == recipe
+    assert merge(Recipe(), as_dict(recipe), "dict") == recipe
 
 
 # What cannot work
@@ -256,7 +258,7 @@ def test_what_must_be_given(key: str) -> None:
     assert refused(base=base).where == f"key {key}"
 
 
-@pytest.mark.parametrize("key", config.COUNTS)
+@pytest.mark.parametrize("key", checks.COUNTS)
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_must_be_at_least_one(key: str, value: int) -> None:
     error = refused(f"{key}={value}")
@@ -268,12 +270,12 @@ def test_the_learning_rate_must_be_positive(value: str) -> None:
     assert refused(f"train.lr={value}").where == "key train.lr"
 
 
-@pytest.mark.parametrize("key", config.NOT_NEGATIVE)
+@pytest.mark.parametrize("key", checks.NOT_NEGATIVE)
 def test_sizes_must_not_be_negative(key: str) -> None:
     assert refused(f"{key}=-1").where == f"key {key}"
 
 
-@pytest.mark.parametrize("key", config.FRACTIONS)
+@pytest.mark.parametrize("key", checks.FRACTIONS)
 @pytest.mark.parametrize("value", ["-0.1", "1.0", "20"])
 def test_fractions_lie_below_one(key: str, value: str) -> None:
     assert refused(f"{key}={value}").where == f"key {key}"
@@ -284,11 +286,11 @@ def test_one_fold_is_none(value: int) -> None:
     assert refused(f"data.folds={value}").where == "key data.folds"
 
 
-@pytest.mark.parametrize("key", config.CHOICES)
+@pytest.mark.parametrize("key", checks.CHOICES)
 def test_a_choice_names_the_others(key: str) -> None:
     error = refused(f"{key}=nonsense")
     assert error.where == f"key {key}"
-    assert all(choice in error.fix for choice in config.CHOICES[key])
+    assert all(choice in error.fix for choice in checks.CHOICES[key])
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_a_split_of_a_plain_file_is_refused_as_it_would_score_the_training_rows(
 
 
 def test_files_are_those_that_can_be_read() -> None:
-    assert tuple(READERS) == config.FILES
+    assert tuple(READERS) == checks.FILES
 
 
 @pytest.mark.parametrize("select", ["loss", "accuracy", "macro_f1"])

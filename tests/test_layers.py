@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "foreword"
 LAYERS = [
-    {"errors", "config", "records", "hub_errors"},
+    {"errors", "config", "recipe", "checks", "records", "hub_errors"},
     {"data"},
     {"prompts"},
     {"backbone"},
@@ -25,7 +25,7 @@ LAYERS = [
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
-NO_TORCH = ["errors", "config", "records", "hub_errors", "data"]
+NO_TORCH = ["errors", "config", "recipe", "checks", "records", "hub_errors", "data"]
 
 
 def part_of(file: Path) -> str:

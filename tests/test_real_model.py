@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS
 
 import foreword
+from conftest import ROWS
 from foreword.backbone.generate import Sampling
 from foreword.backbone.source import SMOLLM2, resolve
 from foreword.data.sources import rows_table

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from foreword.config import Recipe, load_recipe, merge
+from foreword.config import Recipe
 from foreword.jobs.load import Foreword, Prediction, load, open_run
 from foreword.jobs.train import run
+from foreword.recipe import load_recipe, merge
 from foreword.records import Row
 
 __all__ = ["Foreword", "Prediction", "load", "train"]

@@ -82,6 +82,8 @@ class Task:
     words: tuple[str, ...] = ()
     """Label words of each class, in the classes' order; empty for free-text targets."""
     max_length: int = 0
+    names: tuple[str, ...] = ()
+    """Names of integer labels by value, hidden ones such as "Unlabeled" included; may be empty."""
 
     @property
     def classifies(self) -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter, weights_bytes
 from foreword.artifact.sidecar import SIDECAR
-from foreword.config import load_recipe, to_yaml
 from foreword.data.sources import file_name
 from foreword.errors import ForewordError
 from foreword.hub_errors import HUB_ID, hub_error
+from foreword.recipe import load_recipe, to_yaml
 
 RECIPE = "recipe.yaml"
 SHARED_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md", RECIPE)

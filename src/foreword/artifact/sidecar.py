@@ -69,4 +69,5 @@ def _task(stored: Mapping[str, Any]) -> Task:
         classes,
         words,
         int(stored["max_length"]),
+        tuple(map(str, stored["names"])),
     )

@@ -26,7 +26,7 @@ def demo(
 
     from foreword.cli.recipes import packaged
     from foreword.cli.show import print_run
-    from foreword.config import load_recipe, merge
+    from foreword.recipe import load_recipe, merge
 
     console = Console()
     began = time.monotonic()

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from foreword.config import Recipe, merge, parse_overrides, read_recipe_file
+from foreword.config import Recipe
 from foreword.errors import ForewordError
+from foreword.recipe import merge, parse_overrides, read_recipe_file
 
 Args = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]...", help="A recipe (file or packaged name), keys.")

@@ -22,10 +22,10 @@ def preview(
     from rich.console import Console
     from rich.text import Text
 
-    from foreword import config
+    from foreword.checks import check
 
     recipe = o.build_recipe(args, model, data, None, text, label, template)
-    config.check(recipe)
+    check(recipe)
     from foreword.jobs.preview import preview as make
 
     found = make(recipe, rows)

@@ -30,7 +30,7 @@ def list_() -> None:
 @app.command()
 def show(name: Name) -> None:
     """Print a recipe in full: every key, its meaning and its value."""
-    from foreword.config import load_recipe, to_yaml
+    from foreword.recipe import load_recipe, to_yaml
 
     path = _find(name)
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -43,7 +43,7 @@ def copy(
 ) -> None:
     """Copy a recipe, in full, to a file of your own."""
     from foreword.artifact.atomic import write_atomic
-    from foreword.config import load_recipe, to_yaml
+    from foreword.recipe import load_recipe, to_yaml
 
     target = to or Path(f"{name}.yaml")
     if target.exists():

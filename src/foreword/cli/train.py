@@ -28,8 +28,8 @@ def train(
         return
     from rich.console import Console
 
-    from foreword.config import load_recipe
     from foreword.errors import ForewordError
+    from foreword.recipe import load_recipe
 
     if out is None:
         raise ForewordError("no output folder given", "command line", "add --out runs/NAME")

@@ -88,7 +88,7 @@ class Encoder:
                 target cannot fit, each by row number, before anything is trained.
         """
         require_columns([self.task.label_column], table.columns, table.origin)
-        names = label_names(table, self.task.label_column, self.task.classes)
+        names = label_names(table, self.task.label_column, self.task.names)
         if self.task.classifies:
             labels = class_indices(names, self.task.classes, table)
             return [

@@ -39,7 +39,8 @@ def build_task(config: DataConfig, train: Table) -> Task:
         classes = _classes(config, train)
     separator = config.separator if not template.closing or not template.closing[-1].isspace() else ""
     words = _label_words(config.label_words, classes)
-    return Task(source, separator, config.label, classes, words, config.max_length)
+    names = tuple(train.class_names.get(config.label, config.classes))
+    return Task(source, separator, config.label, classes, words, config.max_length, names)
 
 
 def label_names(table: Table, column: str, classes: Sequence[str] = ()) -> list[str]:

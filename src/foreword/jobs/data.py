@@ -11,6 +11,7 @@ from foreword.data.labels import build_task, drop_incomplete, label_names
 from foreword.data.sources import file_name, read_table, rows_table
 from foreword.data.splits import hold_out, k_folds
 from foreword.data.template import parse, require_columns
+from foreword.errors import ForewordError
 from foreword.records import Row, Table, Task
 
 Source = str | Sequence[Row]
@@ -48,6 +49,8 @@ def read_splits(
     digest = rows_hash(table, [*columns, config.label])
     labels = label_names(table, config.label, config.classes) if task.classifies else [""] * len(table)
     held_out, protocol = _held_out(config, eval_rows, columns)
+    if held_out is not None:
+        protocol += _overlap(held_out, table, columns)
     train = table
     if config.eval_fraction:
         keep, out = hold_out(labels, config.eval_fraction, config.seed)
@@ -61,7 +64,11 @@ def read_splits(
         labels = [labels[i] for i in keep]
     folds: tuple[tuple[list[int], list[int]], ...] = ()
     if config.folds:
-        folds = tuple(k_folds(labels, min(config.folds, len(train)), config.seed))
+        if config.folds > len(train):
+            raise ForewordError(
+                f"{config.folds} folds of {len(train)} rows", train.origin, f"data.folds={min(5, len(train))}"
+            )
+        folds = tuple(k_folds(labels, config.folds, config.seed))
         protocol = f"{len(folds)}-fold cross-validation on {file_name(train.origin)} (seed {config.seed})"
     return Splits(task, train, held_out, validation, folds, protocol, digest)
 
@@ -73,7 +80,7 @@ def read_labelled(source: Source, split: str, task: Task, incomplete: bool = Fal
     if incomplete:
         columns = [f.column for f in parse(task.template).fields]
         table = drop_incomplete(table, [*columns, task.label_column])
-    label_names(table, task.label_column, task.classes)
+    label_names(table, task.label_column, task.names)
     return table
 
 
@@ -92,6 +99,13 @@ def _held_out(config: DataConfig, eval_rows: Sequence[Row] | None, columns: Sequ
         table = drop_incomplete(table, [*columns, config.label])
     label_names(table, config.label, config.classes)
     return table, f"all {len(table)} rows of {file_name(table.origin)}"
+
+
+def _overlap(held_out: Table, train: Table, columns: Sequence[str]) -> str:
+    """Says how many held-out rows were also trained on: a score on those proves nothing."""
+    seen = {tuple(str(r[c]) for c in columns) for r in train.rows}
+    twice = sum(tuple(str(r[c]) for c in columns) in seen for r in held_out.rows)
+    return f", {twice} of which were also trained on" if twice else ""
 
 
 def _columns(config: DataConfig, table: Table) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from foreword import config as configuration
 from foreword.artifact.atomic import write_atomic
 from foreword.artifact.folder import peft_config, write_adapter
 from foreword.artifact.lock import run_folder
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, load_backbone
+from foreword.checks import check
 from foreword.config import Recipe
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
@@ -26,6 +26,7 @@ from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
 from foreword.jobs.training import train_in, validator
 from foreword.prompts.initialisers import parse_init
+from foreword.recipe import as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
 from foreword.training.loop import State, make_plan
@@ -57,7 +58,7 @@ def run(
         eval_rows: held-out rows in memory.
     """
     console = console or Console(quiet=True)
-    configuration.check(recipe)
+    check(recipe)
     _check_names(recipe)
     splits = read_splits(recipe.data, rows, eval_rows)
     with run_folder(out, resume), memory_explained(MEMORY_KNOB):
@@ -65,7 +66,7 @@ def run(
             _same_run(recipe, splits, out)
         job = _Job(recipe, splits, out, console)
         if not (out / RECIPE).is_file():
-            write_atomic(out / RECIPE, configuration.to_yaml(recipe).encode())
+            write_atomic(out / RECIPE, to_yaml(recipe).encode())
             write_atomic(out / ".data.sha256", splits.data_hash.encode())
         kept, seconds, steps = job.train()
         scores = job.score(kept)
@@ -195,8 +196,8 @@ def _same_run(recipe: Recipe, splits: Splits, out: Path) -> None:
     """Refuses to resume with other choices or other rows than the run was started with."""
     if not (out / RECIPE).is_file():
         return  # nothing was started there yet
-    before = configuration.as_dict(configuration.load_recipe(out / RECIPE))
-    now = configuration.as_dict(recipe)
+    before = as_dict(load_recipe(out / RECIPE))
+    now = as_dict(recipe)
     changed = [
         f"{s}.{k} ({before[s][k]!r} -> {now[s][k]!r})"
         for s in now
