@@ -116,15 +116,15 @@ def test_scores_and_baselines_stand_there_with_their_intervals(scored: Path) -> 
     expected = {
         name: [shown(s, "accuracy"), shown(s, "macro_f1")]
         for name, s in [
-            ("this soft prompt", scores),
-            ("zero-shot, template alone", scores["baselines"]["zero_shot"]),
+            ("soft prompt", scores),
+            ("zero-shot", scores["baselines"]["zero_shot"]),
             ("majority class", scores["baselines"]["majority"]),
         ]
     }
     found = {row[0]: row[1:] for row in tables(card)}
     assert {name: found[name][:2] for name in expected} == expected
-    assert found["this soft prompt"][2] == shown(scores, "loss")
-    assert f"On {scores['n']} rows: all {scores['n']} rows of test.csv." in card
+    assert found["soft prompt"][2] == shown(scores, "loss")
+    assert f"On {scores['n']} rows: all {scores['n']} rows of test.csv" in card
 
 
 def test_a_run_without_held_out_rows_says_that_it_is_not_scored(unscored: Path) -> None:

@@ -294,3 +294,16 @@ def test_killed_and_resumed_is_uninterrupted_byte_for_byte(
 def metrics(folder: Path) -> list[dict[str, object]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_an_adapter_whose_backbone_has_moved_says_how_to_name_it(cli: Cli, done: Path, tmp_path: Path) -> None:
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(done / "run", moved)
+    sidecar = json.loads((moved / "foreword.json").read_text())
+    sidecar["backbone"]["name"] = "./gone"
+    (moved / "foreword.json").write_text(json.dumps(sidecar))
+    lines = three_lines(cli("generate", moved, "x"))
+    assert "--model" in lines[2]
+    assert str(moved) in lines[1]

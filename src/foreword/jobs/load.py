@@ -185,7 +185,13 @@ def load(
     if not name:
         raise ForewordError("the adapter does not name its backbone", str(adapter.folder), "add --model ID")
     config_revision = None if model else known.get("revision") or adapter.config.get("revision")
-    backbone = load_backbone(ModelConfig(str(name), config_revision, dtype, device))
+    try:
+        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype, device))
+    except ForewordError as e:
+        if model:
+            raise
+        where = f"{e.where} (the backbone that adapter {adapter.folder} names)"
+        raise ForewordError(e.what, where, f"{e.fix}; or say where it is: --model") from None
     check_backbone(adapter, backbone, force)
     return Foreword(adapter, backbone, _task(adapter, template, label_words, separator))
 

@@ -39,8 +39,8 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
     named = [
-        ("this soft prompt", scores),
-        ("zero-shot, template alone", scores["baselines"].get("zero_shot")),
+        ("soft prompt", scores),
+        ("zero-shot", scores["baselines"].get("zero_shot")),
         ("majority class", scores["baselines"].get("majority")),
     ]
     main = "accuracy" if "accuracy" in scores else "exact_match"

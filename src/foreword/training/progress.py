@@ -81,7 +81,7 @@ class Display:
         self._smooth = event["loss"] if first else 0.9 * self._smooth + 0.1 * event["loss"]
         rate = event["tokens"] / max(event["seconds"], 1e-9)
         self._rate = rate if first else 0.9 * self._rate + 0.1 * rate
-        text = f"loss {self._smooth:.3f} {self._score} {self._rate:.0f} tok/s"
+        text = " ".join(filter(None, [f"loss {self._smooth:.3f}", self._score, f"{self._rate:.0f} tok/s"]))
         if self._bar is not None:
             self._bar.update(self._task, total=event["steps"], completed=event["step"], text=text)
             return
@@ -91,7 +91,7 @@ class Display:
             left = (event["steps"] - event["step"]) * event["tokens"] / max(self._rate, 1e-9)
             self.console.print(
                 f"{self.title} step {event['step']}/{event['steps']} epoch {event['epoch']}/{event['epochs']} "
-                f"{text} {left:.0f} s left",
+                f"{text}, {left:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
             )
