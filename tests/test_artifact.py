@@ -25,6 +25,7 @@ from foreword.artifact import folder as adapter_folder
 from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, TENSOR, WEIGHTS, peft_config, read_adapter, write_adapter
 from foreword.artifact.lock import run_folder
 from foreword.artifact.sidecar import SIDECAR, Sidecar
+from foreword.config import Recipe
 from foreword.errors import ForewordError
 from foreword.records import Task
 
@@ -375,3 +376,19 @@ def test_a_run_that_fails_at_once_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), run_folder(tmp_path / "run", False):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_recipe_names_files_without_their_folders(tmp_path: Path) -> None:
+    from foreword.artifact.hub import _without_folders
+    from foreword.recipe import load_recipe, merge, to_yaml
+
+    here = tmp_path / "somewhere" / "train.csv"
+    nested = {"data": {"path": str(here), "eval_path": "user/tweets:config"}, "model": {"id": "maker/model"}}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(merge(Recipe(), nested, "test")))
+    (tmp_path / "shared.yaml").write_bytes(_without_folders(tmp_path / "recipe.yaml"))
+    shared = load_recipe(tmp_path / "shared.yaml")
+    assert (shared.data.path, shared.data.eval_path, shared.model.id) == (
+        "train.csv",
+        "user/tweets:config",
+        "maker/model",
+    )

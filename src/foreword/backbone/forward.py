@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from foreword.backbone.layout import Packed, additive, pack, visible
+from foreword.backbone.layout import Packed, additive, left_pad, pack, visible
 from foreword.backbone.load import Backbone
 from foreword.records import Segment
 
@@ -93,13 +93,7 @@ def shared_logprobs(backbone: Backbone, opening: Sequence[int], segments: Sequen
     Every segment must have the same number of branches.
     """
     device, count = backbone.device, len(segments[0].branches)
-    contexts = [(*opening, *s.context) for s in segments]
-    longest = max(map(len, contexts))
-    ids = torch.zeros(len(contexts), longest, dtype=torch.long)
-    mask = torch.zeros(len(contexts), longest, dtype=torch.long)
-    for i, row in enumerate(contexts):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
+    ids, mask = left_pad([(*opening, *s.context) for s in segments])
     first = _run_padded(backbone, ids, mask, None)
     branches = [b for s in segments for b in s.branches]
     tail = max(map(len, branches)) - 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from foreword.backbone.layout import left_pad
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
 
@@ -41,7 +42,7 @@ def generate(
         sampling: how tokens are chosen; sampling draws from a generator of its own seed.
     """
     with VirtualTokens(backbone.embedding, table) as virtual:
-        ids, mask = _left_pad([(*virtual.ids, *c) for c in contexts], backbone.device)
+        ids, mask = left_pad([(*virtual.ids, *c) for c in contexts])
         out = _generate(backbone, ids, mask, sampling)
     return [_until(row.tolist(), backbone.end_id) for row in out[:, ids.shape[1] :]]
 
@@ -56,7 +57,7 @@ def stream(backbone: Backbone, table: torch.Tensor, context: Sequence[int], samp
     def work() -> None:
         try:
             with VirtualTokens(backbone.embedding, table) as virtual:
-                ids, mask = _left_pad([(*virtual.ids, *context)], backbone.device)
+                ids, mask = left_pad([(*virtual.ids, *context)])
                 _generate(backbone, ids, mask, sampling, streamer=streamer)
         except BaseException as e:  # handed to the reader, who would wait forever otherwise
             failure.append(e)
@@ -102,8 +103,8 @@ def _generate(
     with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(backbone)):
         torch.manual_seed(sampling.seed)
         out: torch.Tensor = backbone.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
             generation_config=config,
             logits_processor=processors,
             streamer=streamer,
@@ -113,16 +114,6 @@ def _generate(
 
 def _cuda_devices(backbone: Backbone) -> list[torch.device]:
     return [backbone.device] if backbone.device.type == "cuda" else []
-
-
-def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _until(ids: list[int], end: int) -> list[int]:

@@ -75,6 +75,17 @@ def pack(opening: Sequence[int], segments: Sequence[Segment], cached: int = 0) -
     )  # fmt: skip
 
 
+def left_pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as ids and mask ``[B, T]``, pads in front of everything."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return ids, mask
+
+
 def visible(row: Packed, window: int | None = None) -> torch.Tensor:
     """Which key each query may see, boolean ``[N, S + N]``.
 

@@ -16,7 +16,7 @@ from foreword.backbone.fingerprint import Fingerprint
 from foreword.backbone.generate import Sampling, generate, stream
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.config import ModelConfig
-from foreword.data.encode import Encoder
+from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
@@ -24,7 +24,7 @@ from foreword.evaluation.evaluate import majority_baseline, no_prompt, run_rows,
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.prepare import make_encoder, memory_explained
-from foreword.records import Row, Segment, Task
+from foreword.records import Row, Segment, Table, Task
 
 BATCH = 16
 MEMORY_KNOB = "give fewer or shorter rows at a time, or model.dtype=bfloat16"
@@ -119,8 +119,14 @@ class Foreword:
         return {
             **scores_of(outcome, classes),
             "baselines": baselines,
-            "protocol": f"all {len(examples)} rows of {file_name(table.origin)}",
+            "protocol": f"all {len(examples)} rows of {file_name(table.origin)}{self._trained_on(table)}",
         }
+
+    def _trained_on(self, table: Table) -> str:
+        """Says so when these are the very rows the soft prompt was trained on."""
+        digest = rows_hash(table, [*self.encoder.columns, self.task.label_column])
+        trained = self.adapter.sidecar.training.get("data_sha256") if self.adapter.sidecar else None
+        return ", the rows it was trained on" if digest == trained else ""
 
     def push(self, repo: str, private: bool = False) -> str:
         """Uploads the adapter folder to the hub; returns the commit's address."""
