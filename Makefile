@@ -1,12 +1,11 @@
 # Two commands on a fresh machine: make demo, make test. Both set up what they need.
 PYTHON ?= python3
 VENV   ?= .venv
-# On machines whose registry has no CPU build of torch this takes the CUDA build (several GB);
-# for a CPU build there: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Where plain torch is a CUDA build of several GB, name a CPU build: make demo TORCH="torch==2.13.0 --index-url URL"
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fmt clean
+.PHONY: demo test check fmt bench clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -19,6 +18,9 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
+
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/cpu.py
 
 fmt: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

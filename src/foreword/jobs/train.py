@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +33,7 @@ from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
 
 RECIPE = "recipe.yaml"
+DATA_HASH = ".data.sha256"
 MEMORY_KNOB = "lower train.token_budget or train.batch_size (raise train.accumulate), or model.dtype=bfloat16"
 MAY_CHANGE = {"model.device", "train.checkpoint_every"}
 """Keys that may differ when a run is resumed: they do not change its result on one device."""
@@ -66,11 +66,11 @@ def run(
             _same_run(recipe, splits, out)
         job = _Job(recipe, splits, out, console)
         if not (out / RECIPE).is_file():
-            write_atomic(out / RECIPE, to_yaml(recipe).encode())
-            write_atomic(out / ".data.sha256", splits.data_hash.encode())
-        kept, seconds, steps = job.train()
+            write_atomic(out / DATA_HASH, splits.data_hash.encode())
+            write_atomic(out / RECIPE, to_yaml(recipe).encode())  # last: it says that a run was started
+        kept, state = job.train()
         scores = job.score(kept)
-        job.write(kept, scores, {"seconds": round(seconds, 1), "steps": steps})
+        job.write(kept, scores, {"seconds": round(state.seconds, 1), "steps": state.step})
     return job.backbone
 
 
@@ -90,11 +90,9 @@ class _Job:
         )
         self._introduce()
 
-    def train(self) -> tuple[torch.Tensor, float, int]:
-        """The kept rows ``[P, H]``, the seconds this took and the steps done."""
-        began = time.perf_counter()
-        kept, state = self._train_on(self.out, self.examples, "training")
-        return kept, time.perf_counter() - began, state.step
+    def train(self) -> tuple[torch.Tensor, State]:
+        """The kept rows ``[P, H]`` and where training ended."""
+        return self._train_on(self.out, self.examples, "training")
 
     def score(self, kept: torch.Tensor) -> dict[str, Any]:
         """Held-out or cross-validated scores beside the baselines; empty without such rows."""
@@ -125,6 +123,7 @@ class _Job:
             backbone={
                 "name": backbone.name,
                 "revision": backbone.revision,
+                "commit": getattr(backbone.model.config, "_commit_hash", None),
                 "fingerprint": backbone.fingerprint.as_dict(),
             },
             scores=scores,
@@ -210,5 +209,5 @@ def _same_run(recipe: Recipe, splits: Splits, out: Path) -> None:
             str(out / RECIPE),
             "leave them out (the run knows them), or give another --out",
         )
-    if (out / ".data.sha256").read_text() != splits.data_hash:
+    if (out / DATA_HASH).read_text() != splits.data_hash:
         raise ForewordError("the training rows are not those the run was started with", str(out), "give another --out")

@@ -28,7 +28,7 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
         "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
         "# Soft prompt", "",
         f"{adapter['num_virtual_tokens']} virtual tokens of width {adapter['token_dim']} for the frozen model "
-        f"`{base}`, trained with [Foreword](https://pypi.org/project/foreword) on "
+        f"`{base}`, trained with Foreword on "
         f"{sidecar.training['rows']} rows.", "",
         "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
         *_classes(sidecar), *_scores(sidecar.scores), *_usage(sidecar, base), *_training(sidecar),

@@ -47,6 +47,8 @@ class State:
     stale: int = 0
     """Validations since the best one."""
     stopped: bool = False
+    seconds: float = 0.0
+    """Time spent in steps, resumed ones included."""
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this step."""
 
@@ -63,6 +65,7 @@ class State:
                 "best_score": self.best_score if math.isfinite(self.best_score) else None,
                 "stale": self.stale,
                 "stopped": self.stopped,
+                "seconds": self.seconds,
                 "metrics_bytes": self.metrics_bytes,
                 "optimizer": optimizer,
                 "schedule": self.schedule.state_dict(),
@@ -79,6 +82,7 @@ class State:
         self.schedule.load_state_dict(dict(state["schedule"]))
         self.step, self.stale = state["step"], state["stale"]
         self.stopped, self.metrics_bytes = state["stopped"], state["metrics_bytes"]
+        self.seconds = state["seconds"]
         self.best_score = -math.inf if state["best_score"] is None else state["best_score"]
 
 
@@ -154,6 +158,7 @@ def train(
             figures = _step(backbone, start_ids, [segments[i] for i in batch], state, config, layout)
             state.step += 1
             seconds = time.perf_counter() - began
+            state.seconds += seconds
             on_event(
                 {
                     "event": "step", "step": state.step, "steps": plan.steps, "epoch": epoch + 1,
