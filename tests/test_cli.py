@@ -82,7 +82,7 @@ def test_evaluate_writes_scores_with_intervals_and_baselines(cli: Cli, done: Pat
     assert code == 0, err
     scores = json.loads(target.read_text())
     assert scores["n"] == 6
-    for key in ("accuracy", "macro_f1", "loss", "calibration_error"):
+    for key in ("accuracy", "macro_f1", "loss", "perplexity", "calibration_error"):
         low, high = scores["intervals"][key]
         assert low <= scores[key] <= high or key == "calibration_error"
     assert scores["perplexity"] == pytest.approx(2.718281828 ** scores["loss"], rel=1e-5)

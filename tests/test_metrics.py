@@ -91,7 +91,11 @@ def test_the_report_holds_every_figure_under_its_class() -> None:
     assert scores["n"] == 80
     assert scores["accuracy"] == pytest.approx(expected["accuracy"])
     assert scores["macro_f1"] == pytest.approx(expected["macro avg"]["f1-score"])
-    assert scores["confusion"] == {"classes": ["a", "b", "c"], "counts": sk.confusion_matrix(truth, predicted).tolist()}
+    confusion = scores["confusion"]
+    assert confusion["classes"] == ["a", "b", "c"]
+    assert confusion["counts"] == sk.confusion_matrix(truth, predicted).tolist()
+    low, counts, high = (np.asarray(confusion[k]) for k in ("low", "counts", "high"))
+    assert ((low <= counts) & (counts <= high)).all()
     for name in "abc":
         found = scores["per_class"][name]
         wanted = [expected[name][k] for k in ("support", "precision", "recall", "f1-score")]
@@ -102,7 +106,7 @@ def test_intervals_hold_their_estimate_and_repeat() -> None:
     _, _, scores = example_scores()
     assert scores == example_scores()[2]
     pairs = [(scores[k], scores["intervals"][k]) for k in ("accuracy", "macro_f1", "calibration_error")]
-    pairs += [(c["f1"], c["f1_interval"]) for c in scores["per_class"].values()]
+    pairs += [(c[k], c["intervals"][k]) for c in scores["per_class"].values() for k in ("precision", "recall", "f1")]
     assert all(0 <= low <= value <= high <= 1 and low < high for value, (low, high) in pairs)
 
 
@@ -117,7 +121,10 @@ def test_the_interval_of_a_mean_is_the_textbooks() -> None:
 def test_a_class_without_rows_does_not_spoil_the_scores() -> None:
     scores = classification_scores([0, 1], np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]]), ["a", "b", "c"])
     assert scores["accuracy"] == scores["macro_f1"] == 1
-    assert scores["per_class"]["c"] == {"n": 0, "precision": 0, "recall": 0, "f1": 0, "f1_interval": [0, 0]}
+    assert scores["per_class"]["c"] == {
+        "n": 0, "precision": 0, "recall": 0, "f1": 0,
+        "intervals": {"precision": [0, 0], "recall": [0, 0], "f1": [0, 0]},
+    }  # fmt: skip
 
 
 @thorough
@@ -128,13 +135,13 @@ def test_loss_is_a_mean_over_tokens(rows: list[tuple[float, int]]) -> None:
     found = token_loss(logprobs, tokens)
     assert found["loss"] == pytest.approx(np.mean(per_token), abs=1e-12)
     assert found["perplexity"] == pytest.approx(np.exp(np.mean(per_token)))
-    low, high = found["interval"]
+    low, high = found["intervals"]["loss"]
     assert low - 1e-9 <= high
 
 
 def test_a_long_row_weighs_more_than_a_short_one() -> None:
     assert token_loss([-1.0, -27.0], [1, 9])["loss"] == 2.8  # the mean of rows would be 2
-    low, high = token_loss([-1.0, -27.0] * 20, [1, 9] * 20)["interval"]
+    low, high = token_loss([-1.0, -27.0] * 20, [1, 9] * 20)["intervals"]["loss"]
     assert 1 < low < 2.8 < high < 3
 
 

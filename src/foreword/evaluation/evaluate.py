@@ -99,7 +99,7 @@ def scores_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
             "exact_match": float(hits.mean()),
             "intervals": {"exact_match": interval(len(hits), lambda i: float(hits[i].mean()))},
         }
-    scores["intervals"]["loss"] = loss.pop("interval")
+    scores["intervals"].update(loss.pop("intervals"))
     return {**scores, **loss}
 
 

@@ -56,12 +56,19 @@ def calibration_error(truth: Ints, probabilities: Floats) -> float:
     return float(np.abs(gap[counts > 0]).sum() / len(truth))
 
 
-def interval(n: int, statistic: Callable[[Ints], float], seed: int = 0) -> list[float]:
-    """95 % percentile-bootstrap interval of a statistic of row indices ``[n]``."""
+def bootstrap(n: int, statistic: Callable[[Ints], Any], seed: int = 0) -> Floats:
+    """95 % percentile-bootstrap bounds ``[2, ...]`` (low, high) of a statistic of row indices ``[n]``."""
     rng = np.random.Generator(np.random.PCG64(seed))
     values = [statistic(rng.integers(0, n, n)) for _ in range(RESAMPLES)]
     tail = (1 - LEVEL) / 2
-    return [float(x) for x in np.quantile(values, [tail, 1 - tail])]
+    bounds: Floats = np.quantile(np.asarray(values, dtype=float), [tail, 1 - tail], axis=0)
+    return bounds
+
+
+def interval(n: int, statistic: Callable[[Ints], float], seed: int = 0) -> list[float]:
+    """The same of one number: ``[low, high]``."""
+    bounds: list[float] = bootstrap(n, statistic, seed).tolist()
+    return bounds
 
 
 def classification_scores(truth: Sequence[int], probabilities: Floats, classes: Sequence[str]) -> dict[str, Any]:
@@ -74,41 +81,48 @@ def classification_scores(truth: Sequence[int], probabilities: Floats, classes: 
     """
     y = np.asarray(truth, dtype=np.int64)
     predicted = probabilities.argmax(1)
-    count = len(classes)
 
     def of(i: Ints) -> Ints:
-        return confusion_matrix(y[i], predicted[i], count)
+        return confusion_matrix(y[i], predicted[i], len(classes))
 
-    everything = np.arange(len(y))
-    confusion = of(everything)
-    table = precision_recall_f1(confusion)
-    per_class = {
-        name: {
-            "n": int(confusion[c].sum()),
-            "precision": float(table[c, 0]),
-            "recall": float(table[c, 1]),
-            "f1": float(table[c, 2]),
-            "f1_interval": interval(len(y), lambda i, c=c: float(precision_recall_f1(of(i))[c, 2])),  # type: ignore[misc]
-        }
-        for c, name in enumerate(classes)
-    }
+    n = len(y)
+    confusion = of(np.arange(n))
+    low, high = bootstrap(n, of)
     return {
-        "n": len(y),
+        "n": n,
         "accuracy": accuracy(confusion),
         "macro_f1": macro_f1(confusion),
         "calibration_error": calibration_error(y, probabilities),
-        "per_class": per_class,
-        "confusion": {"classes": list(classes), "counts": confusion.tolist()},
+        "per_class": _per_class(classes, confusion, bootstrap(n, lambda i: precision_recall_f1(of(i)))),
+        "confusion": {
+            "classes": list(classes),
+            "counts": confusion.tolist(),
+            "low": low.tolist(),
+            "high": high.tolist(),
+        },
         "intervals": {
-            "accuracy": interval(len(y), lambda i: accuracy(of(i))),
-            "macro_f1": interval(len(y), lambda i: macro_f1(of(i))),
-            "calibration_error": interval(len(y), lambda i: calibration_error(y[i], probabilities[i])),
+            "accuracy": interval(n, lambda i: accuracy(of(i))),
+            "macro_f1": interval(n, lambda i: macro_f1(of(i))),
+            "calibration_error": interval(n, lambda i: calibration_error(y[i], probabilities[i])),
         },
     }
 
 
+def _per_class(classes: Sequence[str], confusion: Ints, bounds: Floats) -> dict[str, Any]:
+    """Rows, precision, recall and F1 of each class; ``bounds`` is ``[2, C, 3]``."""
+    table, names = precision_recall_f1(confusion), ("precision", "recall", "f1")
+    return {
+        name: {
+            "n": int(confusion[c].sum()),
+            **dict(zip(names, table[c].tolist(), strict=True)),
+            "intervals": dict(zip(names, bounds[:, c].T.tolist(), strict=True)),
+        }
+        for c, name in enumerate(classes)
+    }
+
+
 def token_loss(logprobs: Sequence[float], tokens: Sequence[int]) -> dict[str, Any]:
-    """Loss over target tokens (not rows, not batches) and perplexity, with the loss's interval.
+    """Loss over target tokens (not rows, not batches) and perplexity, with their intervals.
 
     Args:
         logprobs: summed log-probability of each row's target ``[n]``.
@@ -119,9 +133,14 @@ def token_loss(logprobs: Sequence[float], tokens: Sequence[int]) -> dict[str, An
     def loss(i: Ints) -> float:
         return float(-sums[i].sum() / counts[i].sum())
 
+    bounds = bootstrap(len(sums), loss)
     value = loss(np.arange(len(sums)))
     return {
         "loss": value,
-        "perplexity": float(np.exp(min(value, 700.0))),
-        "interval": interval(len(sums), loss),
+        "perplexity": _exp(value),
+        "intervals": {"loss": bounds.tolist(), "perplexity": [_exp(x) for x in bounds]},
     }
+
+
+def _exp(x: float) -> float:
+    return float(np.exp(min(x, 700.0)))  # beyond lies infinity, which JSON has no word for
