@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,14 @@ Base = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Use another backbone than it was trained for.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a hub adapter.")]
+
+
+def command() -> str:
+    """How this program can be called again from here: not everybody has it on the path."""
+    program = Path(sys.argv[0])
+    if shutil.which("foreword"):
+        return "foreword"
+    return str(program) if program.name == "foreword" else "python -m foreword"
 
 
 def build_recipe(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from foreword.cli.options import command
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -73,9 +75,5 @@ def _print_next(folder: Path, classifies: bool, console: Console) -> None:
     verbs = ["evaluate {} --data test.csv", "predict {} rows.csv --out predictions.csv"] if classifies else []
     verbs += ['generate {} "some text"', "push {} user/name"]
     for i, verb in enumerate(verbs):
-        console.print(
-            f"{'next:' if i == 0 else '':6}foreword {verb.format(folder)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        line = f"{'next:' if i == 0 else '':6}{command()} {verb.format(folder)}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -43,7 +43,9 @@ def train(
         run(recipe, out, resume, console)
     except KeyboardInterrupt:
         if (out / "checkpoint.safetensors").is_file():
-            console.print(f"stopped; go on with: foreword train --resume --out {out}", soft_wrap=True, highlight=False)
+            console.print(
+                f"stopped; go on with: {o.command()} train --resume --out {out}", soft_wrap=True, highlight=False
+            )
         raise
     from foreword.cli.show import print_run
 
