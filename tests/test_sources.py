@@ -271,3 +271,9 @@ def test_rows_in_memory_become_a_table_with_all_their_columns() -> None:
     assert (picked.rows, picked.numbers) == (({"b": 2, "a": 3},), (2,))
     with pytest.raises(ForewordError, match="no rows"):
         rows_table([])
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "../nowhere", "~/nowhere", ".hidden/nowhere"])
+def test_a_path_that_looks_local_is_never_asked_of_the_hub(path: str) -> None:
+    with pytest.raises(ForewordError, match="no such file"):
+        read_table(path)

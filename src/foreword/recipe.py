@@ -15,6 +15,8 @@ import yaml
 from foreword.config import SECTIONS, Recipe, field_docs, keys
 from foreword.errors import ForewordError, closest
 
+RECIPE = "recipe.yaml"
+"""A run folder's own recipe."""
 BREAKS = frozenset("\n\r\x85\u2028\u2029")
 """What YAML takes for a line break; in plain text and single quotes some would be read as spaces."""
 

@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from foreword.artifact.atomic import write_atomic
 from foreword.artifact.sidecar import SIDECAR, Sidecar, read_sidecar
 from foreword.errors import ForewordError
+from foreword.recipe import RECIPE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -162,7 +163,7 @@ def _read_legacy(file: Path) -> Any:
 def _fix_for(folder: Path) -> str:
     if not folder.exists():
         return "check the path; hub ids look like user/name"
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RECIPE).is_file():
         return "its training has not finished: run the same command with --resume"
     nested = [p.parent.name for p in folder.glob(f"*/{CONFIG}")]
     return f"give one of its subfolders: {', '.join(sorted(nested)[:5])}" if nested else "give a run or adapter folder"

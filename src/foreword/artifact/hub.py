@@ -12,9 +12,8 @@ from foreword.artifact.sidecar import SIDECAR
 from foreword.data.sources import file_name
 from foreword.errors import ForewordError
 from foreword.hub_errors import HUB_ID, hub_error
-from foreword.recipe import load_recipe, to_yaml
+from foreword.recipe import RECIPE, load_recipe, to_yaml
 
-RECIPE = "recipe.yaml"
 SHARED_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md", RECIPE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,21 +57,13 @@ class Backbone:
     @cached_property
     def window(self) -> int:
         """Most tokens the model reads at once; very large where it states none."""
-        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = getattr(self.config, key, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return _NO_WINDOW
+        return window_of(self.config)
 
     @cached_property
     def end_id(self) -> int:
         """The end token closing every target."""
-        ids = [self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, self.config.eos_token_id]
-        for found in ids:
-            first = found[0] if isinstance(found, (list, tuple)) and found else found
-            if isinstance(first, int):
-                return first
-        raise ForewordError("the tokenizer has no end token", self.name, "set eos_token in its tokenizer_config.json")
+        stated = [self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, self.config.eos_token_id]
+        return end_token(stated, self.name)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -94,6 +86,24 @@ class Backbone:
     def parameters(self) -> int:
         """Number of its parameters."""
         return sum(p.numel() for p in self.model.parameters())
+
+
+def window_of(config: Any) -> int:
+    """The context window a text model's configuration states; very large where it states none."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _NO_WINDOW
+
+
+def end_token(stated: Sequence[Any], name: str) -> int:
+    """The first end token stated, each an id, a list of ids or None."""
+    for found in stated:
+        first = found[0] if isinstance(found, (list, tuple)) and found else found
+        if isinstance(first, int):
+            return first
+    raise ForewordError("the tokenizer has no end token", name, "set eos_token in its tokenizer_config.json")
 
 
 def freeze(model: Any) -> Any:

@@ -29,11 +29,11 @@ def train(
     from rich.console import Console
 
     from foreword.errors import ForewordError
-    from foreword.recipe import load_recipe
+    from foreword.recipe import RECIPE, load_recipe
 
     if out is None:
         raise ForewordError("no output folder given", "command line", "add --out runs/NAME")
-    base = load_recipe(out / "recipe.yaml") if resume and (out / "recipe.yaml").is_file() else None
+    base = load_recipe(out / RECIPE) if resume and (out / RECIPE).is_file() else None
     recipe = o.build_recipe(args, model, data, eval_data, text, label, template, base)
 
     from foreword.jobs.train import run

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from foreword.errors import ForewordError, nearest
-from foreword.hub_errors import hub_error
+from foreword.hub_errors import HUB_ID, hub_error
 from foreword.records import Row, Table
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?|[\w-]+")
+DATA_ID = re.compile(rf"({HUB_ID.pattern})(:[\w.-]+)?|[\w-]+")
 """A hub data set: user/name, user/name:config or a canonical name."""
 BUNDLED = "bundled:"
 INSTALL_DATASETS = "pip install 'foreword[data]' (brings datasets and pyarrow)"
@@ -46,7 +46,7 @@ def read_table(path: str, split: str = "train", revision: str | None = None) -> 
             )
         return _table(*reader(_read_bytes(file), path), origin=path)
     local = bool(file.suffix) and file.parent.is_dir()  # data/rows.txt, mistyped, is no user/name
-    if reader is None and HUB_ID.fullmatch(path) and not local:
+    if reader is None and DATA_ID.fullmatch(path) and not local:
         return read_hub(path, split, revision)
     raise _no_such_file(file, path)
 

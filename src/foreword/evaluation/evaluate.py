@@ -103,6 +103,24 @@ def scores_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
     return {**scores, **loss}
 
 
+def with_baselines(
+    outcome: Outcome, plain: Outcome, counts: Sequence[int], classes: Sequence[str], protocol: str
+) -> dict[str, Any]:
+    """The scores of an outcome beside its baselines, as ``foreword evaluate --json`` writes them.
+
+    Args:
+        outcome: of the soft prompt.
+        plain: of the backbone without it, on the same rows.
+        counts: training rows of each class ``[C]``, for the majority class.
+        classes: names; empty for free text.
+        protocol: which rows these are, in words.
+    """
+    baselines: dict[str, Any] = {"zero_shot": scores_of(plain, classes)}
+    if classes:
+        baselines["majority"] = majority_baseline(counts, outcome.truth, classes)
+    return {**scores_of(outcome, classes), "baselines": baselines, "protocol": protocol}
+
+
 def majority_baseline(counts: Sequence[int], truth: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
     """Always answers the class with the most training rows (``counts`` ``[C]``)."""
     winner = int(np.argmax(counts))

@@ -48,7 +48,7 @@ def read_splits(
     columns = [f.column for f in parse(task.template).fields]
     digest = rows_hash(table, [*columns, config.label])
     labels = label_names(table, config.label, config.classes) if task.classifies else [""] * len(table)
-    held_out, protocol = _held_out(config, eval_rows, columns)
+    held_out, protocol = _held_out(config, eval_rows, task)
     if held_out is not None:
         protocol += _overlap(held_out, table, columns)
     train = table
@@ -76,28 +76,29 @@ def read_splits(
 def read_labelled(source: Source, split: str, task: Task, incomplete: bool = False) -> Table:
     """Labelled rows for scoring a task: a file, a hub split or rows in memory."""
     table = read_table(source, split) if isinstance(source, str) else rows_table(source)
-    require_columns([task.label_column], table.columns, table.origin)
+    return _labelled(table, task, incomplete)
+
+
+def _labelled(table: Table, task: Task, incomplete: bool) -> Table:
+    """The rows that can be scored; refuses missing columns and labels that are hidden or empty."""
+    columns = [*(f.column for f in parse(task.template).fields), task.label_column]
+    require_columns(columns, table.columns, table.origin)
     if incomplete:
-        columns = [f.column for f in parse(task.template).fields]
-        table = drop_incomplete(table, [*columns, task.label_column])
+        table = drop_incomplete(table, columns)
     label_names(table, task.label_column, task.names)
     return table
 
 
-def _held_out(config: DataConfig, eval_rows: Sequence[Row] | None, columns: Sequence[str]) -> tuple[Table | None, str]:
+def _held_out(config: DataConfig, eval_rows: Sequence[Row] | None, task: Task) -> tuple[Table | None, str]:
     if eval_rows is not None:
         table = rows_table(eval_rows, "the held-out rows given")
     elif config.eval_path or config.eval_split:
-        same = config.eval_path is None
         split = config.eval_split or ("test" if config.eval_path else config.split)
-        revision = config.revision if same else None
+        revision = None if config.eval_path else config.revision
         table = read_table(config.eval_path or config.path, split, revision)
     else:
         return None, ""
-    require_columns([*columns, config.label], table.columns, table.origin)
-    if config.drop_incomplete:
-        table = drop_incomplete(table, [*columns, config.label])
-    label_names(table, config.label, config.classes)
+    table = _labelled(table, task, config.drop_incomplete)
     return table, f"all {len(table)} rows of {file_name(table.origin)}"
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate, push
 from foreword.backbone.choose import Layout, choose_layout
@@ -20,7 +18,7 @@ from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import majority_baseline, no_prompt, run_rows, scores_of, silent
+from foreword.evaluation.evaluate import no_prompt, run_rows, silent, with_baselines
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.prepare import make_encoder, memory_explained
@@ -112,15 +110,9 @@ class Foreword:
             outcome = run_rows(self.backbone, self.rows, examples, label_ids, layout, progress)
             plain = run_rows(self.backbone, no_prompt(self.backbone), examples, label_ids, layout, progress)
         classes = self.task.classes
-        baselines: dict[str, Any] = {"zero_shot": scores_of(plain, classes)}
-        if classes:
-            counts = self._training_counts() or np.bincount(outcome.truth, minlength=len(classes)).tolist()
-            baselines["majority"] = majority_baseline(counts, outcome.truth, classes)
-        return {
-            **scores_of(outcome, classes),
-            "baselines": baselines,
-            "protocol": f"all {len(examples)} rows of {file_name(table.origin)}{self._trained_on(table)}",
-        }
+        counts = self._training_counts() or [outcome.truth.count(c) for c in range(len(classes))]
+        protocol = f"all {len(examples)} rows of {file_name(table.origin)}{self._trained_on(table)}"
+        return with_baselines(outcome, plain, counts, classes, protocol)
 
     def _trained_on(self, table: Table) -> str:
         """Says so when these are the very rows the soft prompt was trained on."""

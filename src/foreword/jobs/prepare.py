@@ -20,14 +20,19 @@ from foreword.records import Task
 
 def make_encoder(task: Task, backbone: Backbone, virtual_tokens: int) -> Encoder:
     """The encoder whose rows fit the backbone's window beside ``virtual_tokens``."""
-    limit = backbone.window - virtual_tokens
-    if limit < 2:
+    limit = room_for_text(backbone.window, virtual_tokens, backbone.name)
+    return Encoder(task, backbone.tokenizer, limit, backbone.end_id)
+
+
+def room_for_text(window: int, virtual_tokens: int, name: str) -> int:
+    """Tokens the window leaves beside the virtual ones; refuses when there is none to speak of."""
+    if window - virtual_tokens < 2:
         raise ForewordError(
             f"{virtual_tokens} virtual tokens leave no room for text",
-            f"{backbone.name} reads {backbone.window} tokens",
-            f"set prompt.virtual_tokens below {backbone.window - 1}",
+            f"{name} reads {window} tokens",
+            f"set prompt.virtual_tokens below {window - 1}",
         )
-    return Encoder(task, backbone.tokenizer, limit, backbone.end_id)
+    return window - virtual_tokens
 
 
 def instruction(task: Task) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foreword.backbone.load import load_tokenizer
+from foreword.backbone.load import end_token, load_tokenizer, window_of
 from foreword.config import Recipe
 from foreword.data.encode import Encoder
-from foreword.errors import ForewordError
 from foreword.jobs.data import Splits, read_splits
+from foreword.jobs.prepare import room_for_text
 from foreword.records import Row, Task
 
 
@@ -38,11 +38,9 @@ def preview(recipe: Recipe, count: int, rows: Sequence[Row] | None = None) -> Pr
     """Encodes all training rows as a run would, and shows ``count`` of them. Loads no weights."""
     splits: Splits = read_splits(recipe.data, rows)
     tokenizer, config = load_tokenizer(recipe.model)
-    window = int(getattr(config, "max_position_embeddings", None) or 10**9)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id
-    if not isinstance(end, int):
-        raise ForewordError("the tokenizer has no end token", recipe.model.id, "set eos_token")
-    encoder = Encoder(splits.task, tokenizer, window - recipe.prompt.virtual_tokens, end)
+    limit = room_for_text(window_of(config), recipe.prompt.virtual_tokens, recipe.model.id)
+    end = end_token([tokenizer.eos_token_id, config.eos_token_id], recipe.model.id)
+    encoder = Encoder(splits.task, tokenizer, limit, end)
     examples = encoder.examples(splits.train)
     lengths = [len(e.context) + len(e.target) for e in examples]
 

@@ -20,19 +20,18 @@ from foreword.checks import check
 from foreword.config import Recipe
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import Outcome, majority_baseline, no_prompt, pooled, run_rows, scores_of
+from foreword.evaluation.evaluate import Outcome, no_prompt, pooled, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
 from foreword.jobs.training import train_in, validator
 from foreword.prompts.initialisers import parse_init
-from foreword.recipe import as_dict, load_recipe, to_yaml
+from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
 from foreword.training.loop import State, make_plan
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
 
-RECIPE = "recipe.yaml"
 DATA_HASH = ".data.sha256"
 MEMORY_KNOB = "lower train.token_budget or train.batch_size (raise train.accumulate), or model.dtype=bfloat16"
 MAY_CHANGE = {"model.device", "train.checkpoint_every"}
@@ -108,10 +107,7 @@ class _Job:
                 outcome = run_rows(self.backbone, kept, rows, label_ids, layout, progress)
         with counting(self.console, "baseline", len(rows)) as progress:
             plain = run_rows(self.backbone, no_prompt(self.backbone), rows, label_ids, layout, progress)
-        baselines: dict[str, Any] = {"zero_shot": scores_of(plain, task.classes)}
-        if task.classifies:
-            baselines["majority"] = majority_baseline(self._label_counts(), outcome.truth, task.classes)
-        return {**scores_of(outcome, task.classes), "baselines": baselines, "protocol": self.splits.protocol}
+        return with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
 
     def write(self, kept: torch.Tensor, scores: dict[str, Any], figures: dict[str, Any]) -> None:
         """The adapter folder with sidecar and model card."""

@@ -13,15 +13,14 @@ import yaml
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.source import SMOLLM2
 from foreword.data.template import parse
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from foreword.hub_errors import HUB_ID
 
 
 def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
     """The card: what it is, template and label words, scores with intervals, how to load it."""
     base = str(sidecar.backbone["name"])
     front: dict[str, Any] = {"library_name": "peft", "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
-    if _HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
+    if HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
         front["base_model"] = base
     task = sidecar.task
     lines = [
