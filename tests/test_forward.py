@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,8 @@ from foreword.backbone.forward import (
     rows_logprobs,
     shared_logprobs,
 )
-from foreword.backbone.layout import OPENING, pack, visible
+from foreword.backbone import head
+from foreword.backbone.layout import pack, visible
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
 from foreword.records import Segment
@@ -25,16 +29,18 @@ PACKING = ["llama-gqa", "gpt2", "gpt-neox", "gemma3", "gemma2", "mistral-window"
 SHARING = [*PACKING, "bloom"]
 OPENING_IDS = (7, 8)
 SEGMENTS = [
-    Segment((5, 6, 7, 9, 30), ((10, 11, 0), (12, 0))),
-    Segment((40,), ((10, 11, 0), (12, 0))),
-    Segment(tuple(range(50, 72)), ((10, 11, 0), (12, 0))),
+    Segment((5, 6, 7, 9, 30), ((10, 11, 0), (10, 13, 0), (12, 0))),
+    Segment((40,), ((10, 11, 0), (10, 13, 0), (12, 0))),
+    Segment(tuple(range(50, 72)), ((10, 11, 0), (10, 13, 0), (12, 0))),
 ]
 
 
-def plain(backbone: Backbone, table: torch.Tensor, opening: tuple[int, ...]) -> torch.Tensor:
+def plain(
+    backbone: Backbone, table: torch.Tensor, opening: tuple[int, ...], segments: Sequence[Segment] = SEGMENTS
+) -> torch.Tensor:
     """Reference: hand-made embeddings, one row and branch at a time, all logits, log_softmax."""
     found = []
-    for segment in SEGMENTS:
+    for segment in segments:
         for branch in segment.branches:
             text = torch.tensor([[*opening, *segment.context, *branch]])
             embedded = torch.cat([table[None].to(backbone.dtype), backbone.embedding(text)], dim=1)
@@ -55,17 +61,67 @@ def test_packed_loss_and_gradient_equal_plain_rows(family: str) -> None:
     expected = plain(backbone, table, OPENING_IDS)
     (slope,) = torch.autograd.grad(expected.sum(), table)
     with VirtualTokens(backbone.embedding, table) as virtual:
-        found = packed_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+        found = packed_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
     (gradient,) = torch.autograd.grad(found.sum(), table)
     torch.testing.assert_close(found, expected.detach().float(), atol=1e-5, rtol=1e-5, check_dtype=False)
     torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", PACKING)
+def test_rows_with_prompts_of_their_own_do_not_meet(family: str) -> None:
+    backbone = tiny.backbone(family)
+    table = table_of(backbone, 8)
+    rows = [(0, 3, SEGMENTS), (3, 5, SEGMENTS[:1]), (5, 8, SEGMENTS[1:])]
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        found = packed_logprobs(backbone, [(virtual.ids[a:b], segments) for a, b, segments in rows])
+    (gradient,) = torch.autograd.grad(found.sum(), table)
+    expected = torch.cat([plain(backbone, table[a:b], (), segments) for a, b, segments in rows])
+    (slope,) = torch.autograd.grad(expected.sum(), table)
+    torch.testing.assert_close(found, expected.detach().float(), atol=1e-5, rtol=1e-5, check_dtype=False)
+    torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_head_alone_is_what_every_family_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny.backbone(family)
+    assert backbone.knows_head
+    table = table_of(backbone)
+    monkeypatch.setattr(head, "CHUNK_NUMBERS", 4 * tiny.VOCAB)  # several chunks
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        found = rows_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
+        (gradient,) = torch.autograd.grad(found.sum(), table)
+        with torch.no_grad():
+            scored = rows_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
+    expected = plain(backbone, table, OPENING_IDS)
+    (slope,) = torch.autograd.grad(expected.sum(), table)
+    torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored, found.detach(), atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+def test_a_head_we_do_not_know_is_left_to_the_model() -> None:
+    backbone = tiny.backbone("llama-gqa")
+    forward = backbone.model.forward
+
+    @functools.wraps(forward)
+    def scaled(*args: object, **kwargs: object) -> object:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 0.5
+        return out
+
+    backbone.model.forward = scaled
+    table = table_of(backbone)
+    with VirtualTokens(backbone.embedding, table) as virtual:
+        found = packed_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
+    assert not backbone.knows_head
+    expected = plain(backbone, table, OPENING_IDS)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5, check_dtype=False)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_right_padded_rows_equal_plain_rows(family: str) -> None:
     backbone, table = tiny.backbone(family), table_of(tiny.backbone(family))
     with VirtualTokens(backbone.embedding, table) as virtual:
-        found = rows_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+        found = rows_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
     expected = plain(backbone, table, OPENING_IDS)
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5, check_dtype=False)
 
@@ -76,7 +132,7 @@ def test_shared_contexts_equal_plain_rows(family: str) -> None:
     backbone = tiny.backbone(family, torch.float32)
     table = table_of(backbone)
     with torch.no_grad(), VirtualTokens(backbone.embedding, table.float()) as virtual:
-        found = shared_logprobs(backbone, [*virtual.ids, *OPENING_IDS], SEGMENTS)
+        found = shared_logprobs(backbone, [([*virtual.ids, *OPENING_IDS], SEGMENTS)])
     expected = plain(backbone, table, OPENING_IDS)
     torch.testing.assert_close(found, expected.detach(), atol=2e-5, rtol=2e-5)
 
@@ -89,8 +145,8 @@ def test_a_cached_opening_changes_nothing(family: str, virtual_tokens: int) -> N
     with torch.no_grad(), VirtualTokens(backbone.embedding, table) as virtual:
         start = [*virtual.ids, *OPENING_IDS]
         prefix = compute_prefix(backbone, start)
-        once = packed_logprobs(backbone, (), SEGMENTS, prefix)
-        again = packed_logprobs(backbone, (), SEGMENTS, prefix)
+        once = packed_logprobs(backbone, [((), SEGMENTS)], prefix)
+        again = packed_logprobs(backbone, [((), SEGMENTS)], prefix)
     expected = plain(backbone, table, OPENING_IDS)
     torch.testing.assert_close(once, expected.detach().float(), atol=1e-5, rtol=1e-5, check_dtype=False)
     assert torch.equal(once, again), "a forward pass must not write into the shared prefix"
@@ -141,22 +197,37 @@ segments = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
-@given(segments, st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(1, 6))
-def test_visibility_is_what_each_branch_alone_would_see(
-    given_segments: list[Segment], cached: int, fed: int, window: int | None
+@settings(deadline=None, max_examples=100)
+@given(st.lists(segments, min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 3), st.none() | st.integers(1, 6))
+def test_each_target_sees_its_own_text_and_nothing_else(
+    rows: list[list[Segment]], cached: int, fed: int, window: int | None
 ) -> None:
-    row = pack([0] * fed, given_segments, cached)
+    opening = [101 + i for i in range(fed)]
+    row = pack([(opening, found) for found in rows], cached)
     see = visible(row, window)
-    assert see.shape == (len(row.ids), cached + len(row.ids))
-    assert len(row.keep) == len(row.targets) == sum(len(b) for s in given_segments for b in s.branches)
-    keys = [(OPENING, 0, p) for p in range(cached)]
-    keys += list(zip(row.segment.tolist(), row.branch.tolist(), row.positions.tolist(), strict=True))
-    for i, (segment, branch, position) in enumerate(keys[cached:]):
-        for j, (s, b, p) in enumerate(keys):
-            mine = s == OPENING or (s == segment and b in (0, branch))
-            near = window is None or position - p < window
-            assert see[i, j] == (mine and p <= position and near)
+    assert row.positions is not None
+    width = row.ids.shape[1]
+    assert see.shape == (len(rows), width, cached + width)
+    assert see.any(-1).all(), "a query that sees nothing is NaN"
+    wanted = [(r, s.context, b, i) for r, found in enumerate(rows) for s in found for b in s.branches for i in range(len(b))]
+    assert len(wanted) == len(row.place) == len(row.targets)
+    for m, (r, context, branch, i) in enumerate(wanted):
+        at = int(row.keep[row.place[m]]) - r * width
+        assert row.targets[m] == branch[i]
+        seen = see[r, at].nonzero()[:, 0].tolist()
+        positions = [*range(cached), *row.positions[r].tolist()]
+        text = [*([-1] * cached), *opening, *context, *branch[:i]]
+        near = range(max(0, len(text) - window), len(text)) if window else range(len(text))
+        assert [positions[j] for j in seen] == list(near)
+        assert [-1 if j < cached else int(row.ids[r, j - cached]) for j in seen] == [text[p] for p in near]
+
+
+def test_branches_share_their_beginnings() -> None:
+    words = [(1, 2, 3, 0), (1, 2, 4, 0), (1, 5, 0), (6, 0)]
+    row = pack([((), [Segment((9,), tuple(words))])])
+    assert row.ids[0].tolist() == [9, 1, 2, 3, 4, 5, 6], "each node of the trie once, depth first"
+    assert len(row.keep) == 7
+    assert len(row.targets) == sum(map(len, words))
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from foreword.backbone.forward import packed_logprobs, rows_logprobs, shared_logprobs
+from foreword.backbone.forward import Rows, packed_logprobs, rows_logprobs, shared_logprobs
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
 from foreword.records import Segment
@@ -60,7 +60,7 @@ def choose_layout(
     return Choice("rows", "rows", f"{kind} {why}: right-padded rows")
 
 
-LogProbs = Callable[[Backbone, Sequence[int], Sequence[Segment]], torch.Tensor]
+LogProbs = Callable[[Backbone, Rows], torch.Tensor]
 
 
 def _evaluate(
@@ -73,14 +73,21 @@ def _evaluate(
     """Log-probabilities ``[M]`` and, if asked for, their sum's gradient in the table ``[P, H]``."""
     leaf = table.detach().clone().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient), VirtualTokens(backbone.embedding, leaf) as virtual:
-        values = logprobs(backbone, virtual.ids, segments)
+        values = logprobs(backbone, [(virtual.ids, segments)])
         found = torch.autograd.grad(values.sum(), leaf)[0] if gradient else None
     return values.detach(), found
 
 
-def _one_by_one(backbone: Backbone, opening: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
-    single = [Segment(s.context, (b,)) for s in segments for b in s.branches]
-    return torch.cat([rows_logprobs(backbone, opening, [s]) for s in single])
+def _one_by_one(backbone: Backbone, rows: Rows) -> torch.Tensor:
+    """The reference: one row at a time through the model's own forward, all logits."""
+    found = []
+    for opening, segments in rows:
+        for context, branch in ((s.context, b) for s in segments for b in s.branches):
+            ids = torch.tensor([[*opening, *context, *branch[:-1]]], device=backbone.device)
+            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -len(branch) :].float()
+            targets = torch.tensor(branch, device=backbone.device)
+            found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    return torch.cat(found)
 
 
 def _agrees(

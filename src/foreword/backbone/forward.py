@@ -12,15 +12,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from foreword.backbone.layout import Packed, additive, left_pad, pack, visible
+from foreword.backbone.head import HeadTap, target_logprobs
+from foreword.backbone.layout import Packed, additive, left_pad, pack, right_padded, visible
 from foreword.backbone.load import Backbone
 from foreword.records import Segment
+
+Rows = Sequence[tuple[Sequence[int], Sequence[Segment]]]
+"""Openings (virtual ids and the template's opening), each with the segments that stand after it."""
 
 
 @dataclass(frozen=True)
@@ -40,60 +45,32 @@ class Prefix:
         return cache
 
 
-def packed_logprobs(
-    backbone: Backbone, opening: Sequence[int], segments: Sequence[Segment], prefix: Prefix | None = None
-) -> torch.Tensor:
-    """Log-probability of every branch token, ``[M]`` in the order segment, branch, token.
+def packed_logprobs(backbone: Backbone, rows: Rows, prefix: Prefix | None = None) -> torch.Tensor:
+    """Log-probability of every branch token, ``[M]`` in the order row, segment, branch, token.
 
     Args:
-        backbone: the model, with virtual ids attached when the opening holds some.
-        opening: ids all segments share; ignored when ``prefix`` holds them.
-        segments: contexts without the opening, and their branches.
-        prefix: the opening's keys and values, when they were computed before.
+        backbone: the model, with virtual ids attached when an opening holds some.
+        rows: openings, each with segments whose contexts leave it out.
+        prefix: keys and values of the one opening of all rows, when they were computed before.
     """
-    row = pack(() if prefix else opening, segments, prefix.size if prefix else 0)
-    cache = {"past_key_values": prefix.cache(), "use_cache": True} if prefix else {"use_cache": False}
-    logits = _run_packed(backbone, row, row.keep, **cache)
-    return target_logprobs(logits, row.targets.to(logits.device))
+    if prefix is None:
+        return run(backbone, pack(rows))
+    return run(backbone, pack([((), segments) for _, segments in rows], prefix.size), prefix)
 
 
-def compute_prefix(backbone: Backbone, opening: Sequence[int]) -> Prefix:
-    """Reads the opening once and keeps its keys and values."""
-    from transformers import DynamicCache
-
-    # Without a config every layer of the cache is a full one: our own masks do the windows.
-    cache = DynamicCache()
-    row = pack(opening, ())
-    _run_packed(backbone, row, torch.tensor([len(opening) - 1]), past_key_values=cache, use_cache=True)
-    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), len(opening))
-
-
-def rows_logprobs(backbone: Backbone, opening: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
+def rows_logprobs(backbone: Backbone, rows: Rows) -> torch.Tensor:
     """The same as ``packed_logprobs`` by right-padded rows, one a branch, without any mask."""
-    rows = [(*opening, *s.context, *b[:-1]) for s in segments for b in s.branches]
-    branches = [b for s in segments for b in s.branches]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    keep = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, (row, branch) in enumerate(zip(rows, branches, strict=True)):
-        ids[i, : len(row)] = torch.tensor(row)
-        keep[i, len(row) - len(branch) : len(row)] = True
-    keep = keep.to(backbone.device)
-    kwargs = {"logits_to_keep": keep} if "logits_to_keep" in _accepted(backbone.model) else {}
-    logits = backbone.model(input_ids=ids.to(backbone.device), use_cache=False, **kwargs).logits
-    if not kwargs:
-        logits = logits[keep]
-    targets = torch.tensor([t for b in branches for t in b], device=logits.device)
-    return target_logprobs(logits.reshape(len(targets), -1), targets)
+    return run(backbone, right_padded(rows))
 
 
-def shared_logprobs(backbone: Backbone, opening: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
+def shared_logprobs(backbone: Backbone, rows: Rows) -> torch.Tensor:
     """The same with each context read once: ``[pads][opening][context]``, then its branches.
 
     Every segment must have the same number of branches.
     """
+    segments = [s for _, found in rows for s in found]
     device, count = backbone.device, len(segments[0].branches)
-    ids, mask = left_pad([(*opening, *s.context) for s in segments])
+    ids, mask = left_pad([(*opening, *s.context) for opening, found in rows for s in found])
     first = _run_padded(backbone, ids, mask, None)
     branches = [b for s in segments for b in s.branches]
     tail = max(map(len, branches)) - 1
@@ -107,12 +84,33 @@ def shared_logprobs(backbone: Backbone, opening: Sequence[int], segments: Sequen
         rest = _run_padded(backbone, fed, mask, first.past_key_values)
         logits = torch.cat([logits, rest.logits], dim=1)
     flat = torch.cat([logits[i, : len(b)] for i, b in enumerate(branches)])
-    return target_logprobs(flat, torch.tensor([t for b in branches for t in b], device=device))
+    targets = torch.tensor([t for b in branches for t in b], device=device)
+    return _gathered(flat, targets)
 
 
-def target_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log-probability of ``targets`` ``[M]`` under ``logits`` ``[M, V]``, in float32 ``[M]``."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+def compute_prefix(backbone: Backbone, opening: Sequence[int]) -> Prefix:
+    """Reads the opening once and keeps its keys and values."""
+    from transformers import DynamicCache
+
+    # Without a config every layer of the cache is a full one: our own masks do the windows.
+    cache = DynamicCache()
+    row = pack([(opening, ())]).to(backbone.device)
+    tap = HeadTap(backbone.model.get_output_embeddings()) if backbone.knows_head else nullcontext()
+    with tap:
+        _forward(backbone, row, past_key_values=cache, use_cache=True)
+    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), len(opening))
+
+
+def run(backbone: Backbone, row: Packed, prefix: Prefix | None = None) -> torch.Tensor:
+    """Log-probabilities ``[M]`` of the targets of packed or right-padded rows."""
+    row = row.to(backbone.device)
+    cache: dict[str, Any] = {"past_key_values": prefix.cache()} if prefix else {}
+    if not backbone.knows_head:
+        logits = _forward(backbone, row, use_cache=bool(prefix), **cache).logits.flatten(0, 1)
+        return _gathered(logits[row.keep[row.place]], row.targets)
+    with HeadTap(backbone.model.get_output_embeddings()) as tap:
+        _forward(backbone, row, use_cache=bool(prefix), **cache)
+    return target_logprobs(backbone, tap.at(row.keep), row.place, row.targets)
 
 
 def micro_batches(segments: Sequence[Segment], opening: int, budget: int) -> Iterator[list[int]]:
@@ -132,22 +130,19 @@ def micro_batches(segments: Sequence[Segment], opening: int, budget: int) -> Ite
         yield run
 
 
-def _run_packed(backbone: Backbone, row: Packed, keep: torch.Tensor, **cache: Any) -> torch.Tensor:
-    """Logits ``[M, V]`` of a packed row at the positions ``keep``."""
-    device = backbone.device
-    accepted = _accepted(backbone.model)
-    kwargs: dict[str, Any] = dict(cache)
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = row.positions[None].to(device)
-    # Positions repeat where branches share a context's last token, so an index, not a mask.
-    unique, place = torch.unique(keep, return_inverse=True)
-    trimmed = "logits_to_keep" in accepted
-    if trimmed:
-        kwargs["logits_to_keep"] = unique.to(device)
-    out = backbone.model(input_ids=row.ids[None].to(device), attention_mask=_masks(backbone, row), **kwargs)
-    logits = out.logits[0] if trimmed else out.logits[0, unique.to(device)]
-    found: torch.Tensor = logits[place.to(device)] if len(unique) < len(keep) else logits
-    return found
+def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probability of ``targets`` ``[M]`` under the model's own ``logits`` ``[M, V]``, in float32."""
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _forward(backbone: Backbone, row: Packed, **cache: Any) -> Any:
+    """The model's forward over packed rows with their mask, or over right-padded rows without one."""
+    kwargs = dict(cache)
+    if row.positions is not None:
+        kwargs["attention_mask"] = _masks(backbone, row)
+        if "position_ids" in _accepted(backbone.model):
+            kwargs["position_ids"] = row.positions
+    return backbone.model(input_ids=row.ids, **kwargs)
 
 
 def _masks(backbone: Backbone, row: Packed) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -157,7 +152,7 @@ def _masks(backbone: Backbone, row: Packed) -> torch.Tensor | dict[str, torch.Te
     kinds = set(getattr(config, "layer_types", None) or ())
 
     def mask(width: int | None) -> torch.Tensor:
-        return additive(visible(row, width), backbone.dtype).to(backbone.device)
+        return additive(visible(row, width), backbone.dtype)
 
     if kinds == {"full_attention", "sliding_attention"}:
         return {"full_attention": mask(None), "sliding_attention": mask(window)}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
+from foreword.backbone.head import knows_head
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
@@ -64,6 +65,11 @@ class Backbone:
         """The end token closing every target."""
         stated = [self.tokenizer.eos_token_id, self.model.generation_config.eos_token_id, self.config.eos_token_id]
         return end_token(stated, self.name)
+
+    @cached_property
+    def knows_head(self) -> bool:
+        """Whether the LM head can be run apart from the model, on the hidden states that matter."""
+        return knows_head(self)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

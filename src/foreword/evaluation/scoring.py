@@ -75,11 +75,9 @@ def score_branches(
         for batch in micro_batches(segments, cost, budget):
             chosen = [segments[i] for i in batch]
             if layout == "packed":
-                values = packed_logprobs(backbone, start, chosen, prefix)
-            elif layout == "shared":
-                values = shared_logprobs(backbone, start, chosen)
+                values = packed_logprobs(backbone, [(start, chosen)], prefix)
             else:
-                values = rows_logprobs(backbone, start, chosen)
+                values = (shared_logprobs if layout == "shared" else rows_logprobs)(backbone, [(start, chosen)])
             found.append(values.double().cpu())
             progress(len(batch))
     return _gather(torch.cat(found), order, segments)
