@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fmt bench clean
+.PHONY: demo test check fmt bench bench-compare bench-table clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -19,8 +19,16 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
 
+# Options in ARGS: make bench ARGS="--rounds 5 --virtual-tokens 8"
 bench: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/cpu.py
+	$(VENV)/bin/python benchmarks/cpu.py $(ARGS)
+
+# Exit code 1 where Foreword got slower than in the result before.
+bench-compare: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/compare.py $(ARGS)
+
+bench-table: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/table.py
 
 fmt: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

@@ -38,4 +38,5 @@ def columns(split: str) -> tuple[list[str], list[str]]:
     return [str(r["text"]) for r in table.rows], [str(r["label"]) for r in table.rows]
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -68,8 +68,11 @@ def test_a_run_folder_is_an_adapter_folder(done: Path) -> None:
     files = {p.name for p in (done / "run").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "foreword.json", "README.md"} <= files
     assert {"recipe.yaml", "metrics.jsonl", "checkpoint.safetensors"} <= files
-    steps = [json.loads(line) for line in (done / "run" / "metrics.jsonl").read_text().splitlines()]
+    *steps, end = [json.loads(line) for line in (done / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert end["event"] == "end"
+    assert end["engine"] == "eager"
+    assert end["peak_memory_mb"] is None or end["peak_memory_mb"] >= 0
     sidecar = json.loads((done / "run" / "foreword.json").read_text())
     assert sidecar["task"]["template"] == "{Tweet text} Label :"
     assert sidecar["scores"]["n"] == 6
@@ -293,7 +296,8 @@ def test_killed_and_resumed_is_uninterrupted_byte_for_byte(
 
 def metrics(folder: Path) -> list[dict[str, object]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    measured = ("seconds", "peak_memory_mb")
+    return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in lines]
 
 
 def test_an_adapter_whose_backbone_has_moved_says_how_to_name_it(cli: Cli, done: Path, tmp_path: Path) -> None:

@@ -193,12 +193,17 @@ def test_a_recipe_that_is_missing_a_folder_or_not_utf8(tmp_path: Path) -> None:
 TEXTS = st.text(max_size=20) | st.sampled_from(
     ["1e5", "no", "12:30", "~", " a", "a\n\n b ", "# x", "0x1F", "a: b", "=", "\x85", "a\u2028b\n"]
 )
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 KINDS: dict[Any, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     int: st.integers(),
-    float: st.floats(allow_nan=False, allow_infinity=False),
+    float: NUMBERS,
     str: TEXTS,
     str | None: st.none() | TEXTS.filter(bool),  # an empty optional text is none
+    # Several values make a population; one in a list is that value.
+    str | tuple[str, ...]: TEXTS | st.lists(TEXTS, min_size=2, max_size=3, unique=True).map(tuple),
+    int | tuple[int, ...]: st.integers() | st.lists(st.integers(), min_size=2, max_size=3, unique=True).map(tuple),
+    float | tuple[float, ...]: NUMBERS | st.lists(NUMBERS, min_size=2, max_size=3, unique=True).map(tuple),
     tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
     Mapping[str, str]: st.dictionaries(TEXTS, TEXTS, max_size=3),
 }

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
+from foreword.backbone import head
 from foreword.backbone.choose import choose_layout
 from foreword.backbone.forward import (
     compute_prefix,
@@ -19,7 +20,6 @@ from foreword.backbone.forward import (
     rows_logprobs,
     shared_logprobs,
 )
-from foreword.backbone import head
 from foreword.backbone.layout import pack, visible
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
@@ -209,7 +209,9 @@ def test_each_target_sees_its_own_text_and_nothing_else(
     width = row.ids.shape[1]
     assert see.shape == (len(rows), width, cached + width)
     assert see.any(-1).all(), "a query that sees nothing is NaN"
-    wanted = [(r, s.context, b, i) for r, found in enumerate(rows) for s in found for b in s.branches for i in range(len(b))]
+    wanted = [
+        (r, s.context, b, i) for r, found in enumerate(rows) for s in found for b in s.branches for i in range(len(b))
+    ]
     assert len(wanted) == len(row.place) == len(row.targets)
     for m, (r, context, branch, i) in enumerate(wanted):
         at = int(row.keep[row.place[m]]) - r * width

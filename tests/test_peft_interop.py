@@ -28,10 +28,12 @@ from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import choose_layout
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
-from foreword.config import PromptConfig, TrainConfig
+from foreword.config import Member, PromptConfig, TrainConfig
 from foreword.jobs.prepare import initial_rows, make_encoder
 from foreword.records import Example, Segment, Task
-from foreword.training.loop import Event, epoch_order, make_plan, start, train
+from foreword.training.loop import Event, Hooks, train
+from foreword.training.prepare import prepared
+from foreword.training.state import epoch_order, make_plan, start
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # transformers', at PEFT's save_pretrained
@@ -176,7 +178,7 @@ def test_our_configuration_is_the_one_peft_writes(base: Path, tmp_path: Path) ->
 def test_text_initialisation_equals_pefts(base: Path, tokens: int) -> None:
     backbone, task = _loaded(base), Task("{text}", " ", "label")
     choice = PromptConfig(virtual_tokens=tokens, init="text", init_text=INIT_TEXT)
-    ours = initial_rows(choice, task, make_encoder(task, backbone, tokens), backbone, seed=0)
+    ours = initial_rows(choice, task, make_encoder(task, backbone, tokens), backbone, "text", 0)
     assert torch.equal(ours, peft_rows(peft_model(base, tokens=tokens)))
 
 
@@ -200,11 +202,12 @@ def guide_batch(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 
 def curve_of_ours(base: Path, rows: torch.Tensor, examples: Sequence[Example], config: TrainConfig) -> list[Event]:
     backbone = _loaded(base)
-    plan = make_plan(len(examples), config)
     layout = choose_layout(backbone, rows, [Segment(e.context, (e.target,)) for e in examples]).train
     events: list[Event] = []
-    state = start(rows, config, plan, backbone.device)
-    train(backbone, examples, state, config, plan, layout, on_event=events.append)
+    member = Member("text", 0, 0.03)
+    population = start([rows], [member], config, make_plan(len(examples), config), backbone.device)
+    with prepared(backbone, examples, population, config, layout) as ready:
+        train(ready.engine, ready.segments, population, config, Hooks(on_event=events.append))
     return events
 
 
@@ -234,12 +237,12 @@ def guide_loop(model: Any, examples: Sequence[Example], config: TrainConfig) -> 
     Without the guide's ``model.train()``, which turns dropout on in the frozen model too (GPT-2 has some).
     """
     steps = config.epochs * len(examples) // config.batch_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, config.warmup_steps, steps)
     model.eval()
     losses = []
     for epoch in range(config.epochs):
-        order = epoch_order(len(examples), config.seed, epoch)
+        order = epoch_order(len(examples), 0, epoch)
         for at in range(0, len(order), config.batch_size):
             loss = model(**guide_batch([examples[i] for i in order[at : at + config.batch_size]])).loss
             losses.append(float(loss.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from rich.console import Console
 import tiny
 from foreword.backbone.choose import Choice
 from foreword.backbone.load import Backbone
-from foreword.config import TrainConfig
+from foreword.config import Member, TrainConfig
 from foreword.errors import ForewordError
 from foreword.jobs.training import train_in
 from foreword.records import Example
 from foreword.training.checkpoint import read_checkpoint, write_checkpoint
-from foreword.training.loop import epoch_order, make_plan, start, train
+from foreword.training.loop import Hooks, train
 from foreword.training.optim import build_optimizer, build_schedule
+from foreword.training.prepare import prepared
+from foreword.training.state import Population, epoch_order, make_plan, start
 
 PACKED = Choice("packed", "packed", "test")
 EXAMPLES = [Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)]
@@ -40,10 +43,24 @@ def run(
     backbone: Backbone, config: TrainConfig, layout: str = "packed", **kwargs: Any
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
-    plan = make_plan(len(EXAMPLES), config)
-    state = start(first_rows(), config, plan, backbone.device)
-    kept = train(backbone, EXAMPLES, state, config, plan, layout, on_event=lambda e: events.append(dict(e)), **kwargs)  # type: ignore[arg-type]
-    return kept, events
+    population = begin(config)
+    hooks = Hooks(on_event=lambda e: events.append(dict(e)), **kwargs)
+    go(backbone, population, config, hooks, layout)
+    return population.states[0].kept, events
+
+
+def begin(config: TrainConfig, rows: torch.Tensor | None = None, members: Sequence[Member] = ()) -> Population:
+    members = members or [Member("text", 0, config.lr)]  # type: ignore[list-item,arg-type]
+    first = [first_rows() if rows is None else rows for _ in members]
+    return start(first, members, config, make_plan(len(EXAMPLES), config), torch.device("cpu"))
+
+
+def go(
+    backbone: Backbone, population: Population, config: TrainConfig, hooks: Hooks | None = None, layout: str = "packed"
+) -> Population:
+    with prepared(backbone, EXAMPLES, population, config, layout) as ready:  # type: ignore[arg-type]
+        train(ready.engine, ready.segments, population, config, hooks or Hooks())
+    return population
 
 
 def losses(events: list[dict[str, Any]]) -> list[float]:
@@ -115,23 +132,19 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     backbone: Backbone, tmp_path: Path, name: str, stop_after: int
 ) -> None:
     config = TrainConfig(epochs=3, batch_size=4, optimizer=name, schedule="cosine", warmup_steps=2, lr=0.01)
-    plan = make_plan(len(EXAMPLES), config)
-    whole = start(first_rows(), config, plan, backbone.device)
-    expected = train(backbone, EXAMPLES, whole, config, plan, "packed")
-
-    state = start(first_rows(), config, plan, backbone.device)
+    expected = go(backbone, begin(config), config).states[0].kept
+    cut = begin(config)
+    save_to = Hooks(
+        save=lambda p: write_checkpoint(tmp_path, p.checkpoint()), interrupted=lambda: cut.step >= stop_after
+    )
     with pytest.raises(KeyboardInterrupt):
-        train(
-            backbone, EXAMPLES, state, config, plan, "packed",
-            save=lambda s: write_checkpoint(tmp_path, s.checkpoint()),
-            interrupted=lambda: state.step >= stop_after,
-        )  # fmt: skip
+        go(backbone, cut, config, save_to)
     found = read_checkpoint(tmp_path)
     assert found is not None
-    resumed = start(torch.zeros(4, tiny.HIDDEN), config, plan, backbone.device)
+    resumed = begin(config, torch.zeros(4, tiny.HIDDEN))
     resumed.restore(found)
     assert resumed.step == stop_after
-    assert torch.equal(train(backbone, EXAMPLES, resumed, config, plan, "packed"), expected)
+    assert torch.equal(go(backbone, resumed, config).states[0].kept, expected)
 
 
 def test_best_rows_are_kept_and_patience_stops_the_run(backbone: Backbone) -> None:
@@ -163,31 +176,30 @@ def test_selection_by_loss_keeps_the_lowest(backbone: Backbone) -> None:
 def test_metrics_of_a_resumed_run_are_those_of_one_run(backbone: Backbone, tmp_path: Path) -> None:
     config, console = TrainConfig(epochs=2, batch_size=5, lr=0.01), Console(quiet=True)
 
-    def go(folder: Path) -> list[dict[str, Any]]:
-        train_in(folder, backbone, first_rows(), EXAMPLES, config, PACKED, console)
+    def events_of(folder: Path) -> list[dict[str, Any]]:
+        train_in(folder, backbone, [first_rows()], [Member("text", 0, 0.01)], EXAMPLES, config, PACKED, console)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+        timing = ("seconds", "peak_memory_mb")
+        return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
-    expected = go(tmp_path / "whole")
+    expected = events_of(tmp_path / "whole")
     cut = tmp_path / "cut"
-    train_in(cut, backbone, first_rows(), EXAMPLES, config, PACKED, console)
+    events_of(cut)
     # A kill after step 3's line was written and before its checkpoint: the line is of step 2.
-    plan = make_plan(len(EXAMPLES), config)
-    state = start(first_rows(), config, plan, backbone.device)
+    population = begin(config)
     with pytest.raises(KeyboardInterrupt):
-        train(backbone, EXAMPLES, state, config, plan, "packed", interrupted=lambda: state.step == 2)
+        go(backbone, population, config, Hooks(interrupted=lambda: population.step == 2))
     lines = (cut / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    state.metrics_bytes = sum(map(len, lines[:2]))
-    write_checkpoint(cut, state.checkpoint())
+    population.metrics_bytes = sum(map(len, lines[:2]))
+    write_checkpoint(cut, population.checkpoint())
     (cut / "metrics.jsonl").write_bytes(b"".join(lines[:3]) + b'{"event": "st')
-    assert go(cut) == expected
+    assert events_of(cut) == expected
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_knob(backbone: Backbone) -> None:
-    plan = make_plan(len(EXAMPLES), TrainConfig())
-    state = start(torch.full((4, tiny.HIDDEN), float("nan")), TrainConfig(), plan, backbone.device)
+    config = TrainConfig()
     with pytest.raises(ForewordError, match=r"not finite") as caught:
-        train(backbone, EXAMPLES, state, TrainConfig(), plan, "packed")
+        go(backbone, begin(config, torch.full((4, tiny.HIDDEN), float("nan"))), config)
     assert "train.lr" in caught.value.fix
 
 
@@ -201,10 +213,10 @@ def test_bf16_autocast_stays_near_float32(backbone: Backbone) -> None:
 def test_unknown_optimiser_and_schedule_suggest_the_nearest() -> None:
     rows = torch.nn.Parameter(torch.zeros(1, 1))
     with pytest.raises(ForewordError, match="unknown optimiser") as caught:
-        build_optimizer(rows, TrainConfig(optimizer="adamv"))
+        build_optimizer(rows, TrainConfig(optimizer="adamv"), 0.1)
     assert "adam" in caught.value.fix
     with pytest.raises(ForewordError, match="unknown schedule") as caught:
-        build_schedule(build_optimizer(rows, TrainConfig()), TrainConfig(schedule="liner"), 10)
+        build_schedule(build_optimizer(rows, TrainConfig(), 0.1), TrainConfig(schedule="liner"), 10)
     assert "linear" in caught.value.fix
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from foreword.config import DataConfig, Recipe, value_of
+from foreword.config import DataConfig, Recipe, members, value_of
 from foreword.errors import ForewordError
 
 FILES = (".csv", ".jsonl", ".parquet")
@@ -17,17 +17,18 @@ REQUIRED = {
 }
 COUNTS = (
     "prompt.virtual_tokens",
+    "prompt.population",
     "train.epochs",
     "train.batch_size",
     "train.accumulate",
     "train.validate_every",
-    "train.checkpoint_every",
 )
 NOT_NEGATIVE = (
     "train.warmup_steps",
     "train.clip",
     "train.weight_decay",
     "train.token_budget",
+    "train.checkpoint_every",
     "train.patience",
     "data.max_length",
 )
@@ -37,6 +38,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.select": ("last", "loss", "accuracy", "macro_f1"),
     "train.autocast": ("auto", "on", "off"),
+    "train.engine": ("auto", "eager", "graph", "compile"),
 }
 
 
@@ -58,8 +60,9 @@ def _check_given(recipe: Recipe) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     """Ranges. Written so that NaN, which compares false with everything, is refused too."""
-    lr, folds = recipe.train.lr, recipe.data.folds
-    _need(0 < lr < math.inf, "train.lr", f"train.lr must be more than 0, not {lr}", "for example train.lr=0.03")
+    folds = recipe.data.folds
+    for lr in {m.lr for m in members(recipe)}:
+        _need(0 < lr < math.inf, "train.lr", f"train.lr must be more than 0, not {lr}", "for example train.lr=0.03")
     for key in COUNTS:
         value = value_of(recipe, key)
         _need(value >= 1, key, f"{key} must be more than 0, not {value}", f"set {key} to 1 or more")
@@ -97,6 +100,12 @@ def _check_held_out(data: DataConfig) -> None:
 
 def _check_selection(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
+    _need(
+        recipe.prompt.population == 1 or not isinstance(train.seed, tuple),
+        "prompt.population",
+        "prompt.population and a list in train.seed exclude each other",
+        "keep the list, or one seed to count up from",
+    )
     _need(
         train.select == "last" or data.validation_fraction > 0,
         "train.select",

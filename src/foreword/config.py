@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -78,9 +79,12 @@ class PromptConfig:
 
     virtual_tokens: int = 16
     """Number of virtual tokens, P."""
-    init: str = "text"
+    population: int = 1
+    """Soft prompts trained in one pass, their seeds counting up from train.seed; the best is kept.
+    Lists in prompt.init, train.lr and train.seed make one for every combination."""
+    init: str | tuple[str, ...] = "text"
     """text, classes, vocabulary, random, adapter or peft-random; joined with + and sized
-    with :N, as in "vocabulary+classes:4" (one part takes the rest)."""
+    with :N, as in "vocabulary+classes:4" (one part takes the rest). A list: a population."""
     init_text: str = ""
     """Text for init=text; empty: an instruction made from the class names."""
     init_adapter: str = ""
@@ -91,16 +95,16 @@ class PromptConfig:
 class TrainConfig:
     """The optimisation."""
 
-    lr: float = 0.03
-    """Learning rate."""
+    lr: float | tuple[float, ...] = 0.03
+    """Learning rate. A list: a population."""
     epochs: int = 30
     """Passes over the training rows."""
     batch_size: int = 8
     """Rows of one forward and backward pass."""
     accumulate: int = 1
     """Passes whose gradients make one optimiser step."""
-    seed: int = 0
-    """Seed of the initialiser and of the order of the rows."""
+    seed: int | tuple[int, ...] = 0
+    """Seed of the initialiser and of the order of the rows. A list: a population."""
     optimizer: str = "adamw"
     """adamw, or any optimiser of torch.optim by name (adam, sgd, adafactor, ...)."""
     weight_decay: float = 0.01
@@ -112,7 +116,13 @@ class TrainConfig:
     clip: float = 0.0
     """Largest gradient norm; 0: no clipping."""
     token_budget: int = 0
-    """Most tokens of one packed row; a batch over it is split. 0: 1024 (CPU) or 8192."""
+    """Most tokens of one pass; a batch or population over it is split. 0: 1024 (CPU) or 16384."""
+    engine: str = "auto"
+    """How a step runs: eager; graph (replayed CUDA graphs); compile (torch.compile, and graphs on
+    CUDA); auto: eager on the CPU, else what pays for its preparation over the steps to come."""
+    recompute: bool = False
+    """Keep only the input of each layer for the backward pass and compute the rest again
+    (activation checkpointing): several times less memory for a third more work."""
     autocast: str = "auto"
     """bf16 autocast: on, off, or auto (on for a float32 backbone on a GPU that has bf16)."""
     select: str = "last"
@@ -121,8 +131,9 @@ class TrainConfig:
     """Stop after this many validations without improvement; 0: never."""
     validate_every: int = 1
     """Epochs between validations."""
-    checkpoint_every: int = 1
-    """Optimiser steps between checkpoints, which is what a kill can lose at most."""
+    checkpoint_every: int = 0
+    """Optimiser steps between checkpoints, which is what a kill can lose at most; 0: as many as
+    take a second (on a CPU mostly every step)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,32 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One soft prompt of a population: what it does not share with the others."""
+
+    init: str
+    seed: int
+    lr: float
+
+    def __str__(self) -> str:
+        """As in messages."""
+        return f"init={self.init} lr={self.lr:g} seed={self.seed}"
+
+
+def members(recipe: Recipe) -> tuple[Member, ...]:
+    """The population a recipe asks for: every combination of its lists; one member without any."""
+    seeds = _several(recipe.train.seed)
+    if len(seeds) == 1:
+        seeds = tuple(range(seeds[0], seeds[0] + recipe.prompt.population))
+    combinations = itertools.product(_several(recipe.prompt.init), _several(recipe.train.lr), seeds)
+    return tuple(Member(init, seed, lr) for init, lr, seed in combinations)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 SECTIONS: dict[str, type] = {

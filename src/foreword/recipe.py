@@ -78,7 +78,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ForewordError(f"no value for {key}", "command line", f"write {key}=VALUE")
         section, name = key.split(".", 1)
         hint = typing.get_type_hints(SECTIONS[section])[name]
-        nested.setdefault(section, {})[name] = text if _is_text(hint) else _yaml_value(text, key)
+        literal = _is_text(hint) and not (_is_list(hint) and text.startswith("["))
+        nested.setdefault(section, {})[name] = text if literal else _yaml_value(text, key)
     return nested
 
 
@@ -121,7 +122,12 @@ def _unknown(key: str, known: list[str], where: str) -> ForewordError:
 
 
 def _is_text(hint: Any) -> bool:
-    return hint is str or hint == (str | None)
+    return hint is str or (str in typing.get_args(hint) and typing.get_origin(hint) is types.UnionType)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a field takes one value or a list of them."""
+    return any(typing.get_origin(a) is tuple for a in typing.get_args(hint))
 
 
 def _yaml_value(text: str, key: str) -> Any:
@@ -136,14 +142,27 @@ def _yaml_value(text: str, key: str) -> Any:
 def _coerce(value: Any, hint: Any, key: str, where: str) -> Any:
     """Value as the field's type; ``1e-5`` (text in YAML 1.1) becomes a float, ``8.5`` no int."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        one = next(a for a in typing.get_args(hint) if a is not type(None))
+        if _is_list(hint):
+            return _one_or_several(value, one, key, where)
         if value is None or value == "":
             return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+        hint = one
     convert, name = KINDS[typing.get_origin(hint) or hint]
     try:
         return convert(value)
     except (ValueError, OverflowError):
         raise ForewordError(f"{key} is {value!r}, not {name}", where, f"give {key} {name}") from None
+
+
+def _one_or_several(value: Any, one: Any, key: str, where: str) -> Any:
+    """A single value, or a list of at least one, without repetitions; a list of one is the value."""
+    if not isinstance(value, (list, tuple)):
+        return _coerce(value, one, key, where)
+    typed = tuple(_coerce(v, one, key, where) for v in value)
+    if not typed or len(set(typed)) < len(typed):
+        raise ForewordError(f"{key} is {value!r}", where, "list one or more different values")
+    return typed if len(typed) > 1 else typed[0]
 
 
 def _to_bool(value: Any) -> bool:

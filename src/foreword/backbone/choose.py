@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from foreword.backbone.forward import Rows, packed_logprobs, rows_logprobs, shared_logprobs
+from foreword.backbone.forward import Rows, packed_logprobs, shared_logprobs
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
 from foreword.records import Segment

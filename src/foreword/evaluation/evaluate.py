@@ -13,7 +13,7 @@ from foreword.backbone.choose import Layout
 from foreword.backbone.generate import Sampling, generate
 from foreword.backbone.load import Backbone
 from foreword.evaluation.metrics import classification_scores, interval, token_loss
-from foreword.evaluation.scoring import Floats, classify, target_logprobs
+from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
 from foreword.records import Example
 
 GENERATE_BATCH = 16
@@ -56,9 +56,10 @@ def run_rows(
         logprobs = target_logprobs(backbone, table, examples, layout)
         return Outcome([], tokens, logprobs, matches=greedy_matches(backbone, table, examples, progress))
     truth = [e.label or 0 for e in examples]
-    probabilities, branches = classify(backbone, table, [e.context for e in examples], label_ids, layout, progress)
-    own = branches.full[np.arange(len(truth)), truth].tolist()
-    return Outcome(truth, tokens, own, probabilities)
+    branches = [label_ids] * len(examples)
+    scores = score_branches(backbone, table, [e.context for e in examples], branches, layout, progress)
+    own = scores.full[np.arange(len(truth)), truth].tolist()
+    return Outcome(truth, tokens, own, class_probabilities(scores, needs_end(label_ids)))
 
 
 def greedy_matches(backbone: Backbone, table: torch.Tensor, examples: Sequence[Example], progress: Progress) -> Floats:

@@ -104,12 +104,11 @@ def classify(
     label_ids: Sequence[Sequence[int]],
     layout: Layout,
     progress: Callable[[int], None] = lambda rows: None,
-) -> tuple[Floats, BranchScores]:
-    """Label probabilities ``[n, C]`` of each context, and the scores behind them."""
-    with_end = needs_end(label_ids)
-    # The end token costs a forward position; it is always there, as training's loss has it.
-    scores = score_branches(backbone, table, contexts, [label_ids] * len(contexts), layout, progress)
-    return class_probabilities(scores, with_end), scores
+) -> Floats:
+    """Label probabilities ``[n, C]`` of each context; end tokens are only read where they decide."""
+    branches = label_ids if needs_end(label_ids) else [ids[:-1] for ids in label_ids]
+    scores = score_branches(backbone, table, contexts, [branches] * len(contexts), layout, progress)
+    return class_probabilities(scores, with_end=True)
 
 
 def target_logprobs(

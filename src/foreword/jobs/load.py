@@ -69,7 +69,7 @@ class Foreword:
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self._choose(Segment(contexts[0], label_ids[:4]))
-            table, _ = classify(self.backbone, self.rows, contexts, label_ids, layout, progress)
+            table = classify(self.backbone, self.rows, contexts, label_ids, layout, progress)
         classes = self.task.classes
         return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
 

@@ -44,8 +44,10 @@ def instruction(task: Task) -> str:
     return f"Classify if the {columns} is {', '.join(head)} or {tail}:"
 
 
-def initial_rows(config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, seed: int) -> torch.Tensor:
-    """The first rows ``[P, H]`` of a run, from a generator of its seed."""
+def initial_rows(
+    config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, init_name: str, seed: int
+) -> torch.Tensor:
+    """The first rows ``[P, H]`` of a member, by its initialiser, from a generator of its seed."""
     generator = torch.Generator().manual_seed(seed)
     special = list(backbone.tokenizer.all_special_ids)
 
@@ -72,7 +74,7 @@ def initial_rows(config: PromptConfig, task: Task, encoder: Encoder, backbone: B
             return init.from_rows(_adapter_rows(config.init_adapter, backbone))
         return init.peft_random(backbone.hidden_size, generator)
 
-    parts = [(make(name), size) for name, size in init.parse_init(config.init, config.virtual_tokens)]
+    parts = [(make(name), size) for name, size in init.parse_init(init_name, config.virtual_tokens)]
     return init.compose(parts)(config.virtual_tokens)
 
 

@@ -17,24 +17,25 @@ from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.checks import check
-from foreword.config import Recipe
+from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, no_prompt, pooled, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
-from foreword.jobs.training import train_in, validator
+from foreword.jobs.training import Trained, train_in, validator
 from foreword.prompts.initialisers import parse_init
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
-from foreword.training.loop import State, make_plan
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
+from foreword.training.state import Population, State, make_plan
 
+MEMBERS = "members"
 DATA_HASH = ".data.sha256"
 MEMORY_KNOB = "lower train.token_budget or train.batch_size (raise train.accumulate), or model.dtype=bfloat16"
-MAY_CHANGE = {"model.device", "train.checkpoint_every"}
+MAY_CHANGE = {"model.device", "train.checkpoint_every", "train.engine", "train.recompute"}
 """Keys that may differ when a run is resumed: they do not change its result on one device."""
 
 
@@ -67,9 +68,8 @@ def run(
         if not (out / RECIPE).is_file():
             write_atomic(out / DATA_HASH, splits.data_hash.encode())
             write_atomic(out / RECIPE, to_yaml(recipe).encode())  # last: it says that a run was started
-        kept, state = job.train()
-        scores = job.score(kept)
-        job.write(kept, scores, {"seconds": round(state.seconds, 1), "steps": state.step})
+        trained = job.train()
+        job.write(trained, job.score(trained.kept))
     return job.backbone
 
 
@@ -83,14 +83,17 @@ class _Job:
         self.examples = self.encoder.examples(splits.train)
         self.validation = self.encoder.examples(splits.validation) if splits.validation else []
         self.held_out = self.encoder.examples(splits.held_out) if splits.held_out else []
-        self.first_rows = initial_rows(recipe.prompt, splits.task, self.encoder, self.backbone, recipe.train.seed)
+        self.members = members(recipe)
+        self.first_rows = [
+            initial_rows(recipe.prompt, splits.task, self.encoder, self.backbone, m.init, m.seed) for m in self.members
+        ]
         self.layout: Choice = choose_layout(
-            self.backbone, self.first_rows.to(self.backbone.device), self._layout_sample()
+            self.backbone, self.first_rows[0].to(self.backbone.device), self._layout_sample()
         )
         self._introduce()
 
-    def train(self) -> tuple[torch.Tensor, State]:
-        """The kept rows ``[P, H]`` and where training ended."""
+    def train(self) -> Trained:
+        """The population on all training rows."""
         return self._train_on(self.out, self.examples, "training")
 
     def score(self, kept: torch.Tensor) -> dict[str, Any]:
@@ -109,10 +112,18 @@ class _Job:
             plain = run_rows(self.backbone, no_prompt(self.backbone), rows, label_ids, layout, progress)
         return with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
 
-    def write(self, kept: torch.Tensor, scores: dict[str, Any], figures: dict[str, Any]) -> None:
-        """The adapter folder with sidecar and model card."""
-        recipe, backbone = self.recipe, self.backbone
-        init_text = (recipe.prompt.init_text or instruction(self.splits.task)) if recipe.prompt.init == "text" else None
+    def write(self, trained: Trained, scores: dict[str, Any]) -> None:
+        """The adapter folder of the best member with sidecar and model card, and those of all members."""
+        population = trained.population
+        if len(self.members) > 1:
+            self._introduce_members(population)
+            for k, state in enumerate(population.states):
+                self._write_adapter(self.out / MEMBERS / f"{k:02}", state, trained.figures, {})
+        self._write_adapter(self.out, population.states[population.best], trained.figures, scores)
+
+    def _write_adapter(self, out: Path, state: State, figures: dict[str, Any], scores: dict[str, Any]) -> None:
+        recipe, backbone, member, kept = self.recipe, self.backbone, state.member, state.kept
+        init_text = (recipe.prompt.init_text or instruction(self.splits.task)) if member.init == "text" else None
         adapter = peft_config(kept, backbone.config, backbone.name, backbone.revision, init_text)
         sidecar = Sidecar(
             task=self.splits.task,
@@ -125,32 +136,33 @@ class _Job:
             scores=scores,
             training={
                 "rows": len(self.examples), "label_counts": self._label_counts(), "data_sha256": self.splits.data_hash,
-                "seed": recipe.train.seed, "data_seed": recipe.data.seed, "init": recipe.prompt.init,
-                "init_text": init_text, "layout": self.layout.train, "device": str(backbone.device),
-                "dtype": str(backbone.dtype).removeprefix("torch."), **figures,
+                "seed": member.seed, "data_seed": recipe.data.seed, "init": member.init, "init_text": init_text,
+                "lr": member.lr, "population": len(self.members), "layout": self.layout.train,
+                "device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch."), **figures,
             },
             versions={name: version(name) for name in ("foreword", "torch", "transformers", "tokenizers")},
         )  # fmt: skip
-        write_atomic(self.out / "README.md", model_card(adapter, sidecar).encode())
-        write_adapter(self.out, kept, adapter, sidecar)
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "README.md", model_card(adapter, sidecar).encode())
+        write_adapter(out, kept, adapter, sidecar)
 
     def _cross_validate(self) -> Outcome:
         """Trains once a fold on the other rows and pools the held-out results."""
         outcomes = []
         for number, (keep, out) in enumerate(self.splits.folds, start=1):
             rows = [self.examples[i] for i in keep]
-            kept, _ = self._train_on(self.out / "folds" / str(number), rows, f"fold {number}")
+            kept = self._train_on(self.out / "folds" / str(number), rows, f"fold {number}").kept
             held = [self.examples[i] for i in out]
             outcomes.append(run_rows(self.backbone, kept, held, self.encoder.label_ids, self.layout.score))
         return pooled(outcomes)
 
-    def _train_on(self, folder: Path, examples: Sequence[Example], title: str) -> tuple[torch.Tensor, State]:
+    def _train_on(self, folder: Path, examples: Sequence[Example], title: str) -> Trained:
         validate = None
         if self.validation and self.recipe.train.select != "last":
             task = self.splits.task
             validate = validator(self.backbone, self.validation, task.classes, self.encoder.label_ids, self.layout)
         return train_in(
-            folder, self.backbone, self.first_rows, examples, self.recipe.train, self.layout,
+            folder, self.backbone, self.first_rows, self.members, examples, self.recipe.train, self.layout,
             self.console, validate, title,
         )  # fmt: skip
 
@@ -166,7 +178,7 @@ class _Job:
 
     def _introduce(self) -> None:
         """Model, device, rows, layout and the guide's line of trainable parameters."""
-        b, trainable = self.backbone, self.first_rows.numel()
+        b, trainable = self.backbone, sum(rows.numel() for rows in self.first_rows)
         total = b.parameters + trainable
         plan = make_plan(len(self.examples), self.recipe.train)
         kind = f"{len(self.splits.task.classes)} classes" if self.splits.task.classifies else "free text"
@@ -179,11 +191,22 @@ class _Job:
         ):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def _introduce_members(self, population: Population) -> None:
+        """What each member was and how it did, and by what the best was chosen."""
+        validated = bool(self.validation) and self.recipe.train.select != "last"
+        by = f"validation {self.recipe.train.select}" if validated else "training loss of the last epoch, negated"
+        for k, state in enumerate(population.states):
+            mark = " (kept)" if k == population.best else ""
+            line = f"member {k:02} {state.member}: {state.merit:.4f}{mark}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"members compared by {by}, higher is better", highlight=False, soft_wrap=True)
+
 
 def _check_names(recipe: Recipe) -> None:
     """Optimiser, schedule and initialiser by name, before the model is loaded."""
-    parse_init(recipe.prompt.init, recipe.prompt.virtual_tokens)
-    probe = build_optimizer(torch.nn.Parameter(torch.zeros(1, 1)), recipe.train)
+    for member in members(recipe):
+        parse_init(member.init, recipe.prompt.virtual_tokens)
+    probe = build_optimizer(torch.nn.Parameter(torch.zeros(1, 1)), recipe.train, 0.1)
     build_schedule(probe, recipe.train, 10)
 
 

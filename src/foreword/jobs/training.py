@@ -6,57 +6,97 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from foreword.backbone.choose import Choice
 from foreword.backbone.load import Backbone
-from foreword.config import TrainConfig
+from foreword.backbone.memory import MB, Peak
+from foreword.config import Member, TrainConfig
 from foreword.evaluation.evaluate import run_rows, scores_of
 from foreword.records import Example
 from foreword.training.checkpoint import read_checkpoint, write_checkpoint
-from foreword.training.loop import Event, State, Validate, make_plan, start, train
+from foreword.training.loop import Event, Hooks, Validate, train
+from foreword.training.prepare import prepared
 from foreword.training.progress import Display, MetricsFile
+from foreword.training.state import Population, make_plan, start
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A population at its end, and what training took."""
+
+    population: Population
+    engine: str
+    peak_bytes: int | None
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Rows ``[P, H]`` of the best member."""
+        return self.population.states[self.population.best].kept
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For metrics.jsonl and the sidecar."""
+        return {
+            "steps": self.population.step,
+            "seconds": round(self.population.seconds, 1),
+            "peak_memory_mb": None if self.peak_bytes is None else round(self.peak_bytes / MB),
+            "engine": self.engine,
+        }
 
 
 def train_in(
     folder: Path,
     backbone: Backbone,
-    rows: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    members: Sequence[Member],
     examples: Sequence[Example],
     config: TrainConfig,
     layout: Choice,
     console: Console,
     validate: Validate | None = None,
     title: str = "training",
-) -> tuple[torch.Tensor, State]:
-    """Trains from ``rows`` ``[P, H]`` or from the folder's checkpoint; returns the kept rows."""
+) -> Trained:
+    """Trains a population from ``rows``, each ``[P, H]``, or from the folder's checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(len(examples), config)
-    state = start(rows, config, plan, backbone.device)
+    population = start(rows, members, config, make_plan(len(examples), config), backbone.device)
     if (checkpoint := read_checkpoint(folder)) is not None:
-        state.restore(checkpoint)
-        console.print(f"resumed after step {state.step} of {plan.steps}", highlight=False, soft_wrap=True)
-    metrics = MetricsFile(folder, state.metrics_bytes)
+        population.restore(checkpoint)
+        _say(console, f"resumed after step {population.step} of {population.plan.steps}")
+    metrics = MetricsFile(folder, population.metrics_bytes)
 
-    def save(state: State) -> None:
-        state.metrics_bytes = metrics.size
-        write_checkpoint(folder, state.checkpoint())
+    def save(population: Population) -> None:
+        population.metrics_bytes = metrics.size
+        write_checkpoint(folder, population.checkpoint())
 
     try:
-        with Display(console, title).showing() as display, interruptible() as interrupted:
+        with prepared(backbone, examples, population, config, layout.train) as ready:
+            for note in ready.notes:
+                _say(console, note)
+            peak = Peak(backbone.device)
+            with Display(console, title).showing() as display, interruptible() as interrupted:
 
-            def tell(event: Event) -> None:
-                metrics(event)
-                display(event)
+                def tell(event: Event) -> None:
+                    metrics(event)
+                    display(event)
 
-            kept = train(backbone, examples, state, config, plan, layout.train, validate, tell, save, interrupted)
+                hooks = Hooks(validate, tell, save, interrupted)
+                train(ready.engine, ready.segments, population, config, hooks)
+        trained = Trained(population, ready.name, peak.size)
+        metrics({"event": "end", **trained.figures})
     finally:
         metrics.close()
-    return kept, state
+    return trained
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def validator(

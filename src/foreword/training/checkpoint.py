@@ -1,7 +1,7 @@
 """The checkpoint: all that a resumed run needs to go on bit for bit. No pickle.
 
-One safetensors file holds the soft prompt, the optimiser's tensors and the best rows so far;
-its metadata holds the counters as JSON. It is replaced atomically.
+One safetensors file holds all soft prompts, their optimisers' tensors and best rows so far; its
+metadata holds the counters as JSON. It is replaced atomically.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
     entries = state["state"].get(0, {})
     tensors = {f"optimizer.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)}
     values = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
-    group = {k: v for k, v in state["param_groups"][0].items() if k != "params"}
+    group = {k: v for k, v in state["param_groups"][0].items() if k not in ("params", "capturable")}
+    group["lr"] = float(group["lr"])  # a tensor where the step is captured
     return tensors, {"values": values, "group": group}
 
 
@@ -65,6 +66,7 @@ def unpack_optimizer(
     entries = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
     group = dict(values["group"])
     group["params"] = [0]
+    group |= {k: v for k, v in optimizer.param_groups[0].items() if k == "capturable"}
     if isinstance(group.get("betas"), list):  # JSON has no tuples
         group["betas"] = tuple(group["betas"])
     state = {0: {**entries, **values["values"]}} if entries or values["values"] else {}

@@ -11,8 +11,8 @@ from foreword.config import TrainConfig
 from foreword.errors import ForewordError, nearest
 
 
-def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimiser over the soft prompt ``[P, H]``; AdamW as in the guide by default."""
+def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser over one soft prompt ``[P, H]``; AdamW as in the guide by default."""
     known: dict[str, Any] = {
         name.lower(): cls
         for name, cls in vars(torch.optim).items()
@@ -29,7 +29,7 @@ def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig) -> torch.opti
         )
     accepted = inspect.signature(cls).parameters
     kwargs: dict[str, Any] = {"weight_decay": config.weight_decay} if "weight_decay" in accepted else {}
-    optimizer: torch.optim.Optimizer = cls([rows], lr=config.lr, **kwargs)
+    optimizer: torch.optim.Optimizer = cls([rows], lr=lr, **kwargs)
     return optimizer
 
 
@@ -58,3 +58,27 @@ def build_schedule(
     if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
         raise ForewordError("the schedule follows a metric, not the step", f"train.schedule={config.schedule}", fix)
     return schedule
+
+
+def rate(schedule: torch.optim.lr_scheduler.LambdaLR) -> float:
+    """The learning rate of the next step, without asking the device for it."""
+    return float(schedule.base_lrs[0]) * float(schedule.lr_lambdas[0](schedule.last_epoch))
+
+
+def capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step can be captured in a CUDA graph."""
+    return all("capturable" in group for group in optimizer.param_groups)
+
+
+def keep_on_device(optimizer: torch.optim.Optimizer) -> None:
+    """Puts learning rate and counters where a captured step reads and writes them.
+
+    The schedule's own base rate stays a number, so that a new rate is filled in without waiting.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        group["capturable"] = True
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+    for entry in optimizer.state.values():
+        if isinstance(entry.get("step"), torch.Tensor):
+            entry["step"] = entry["step"].to(device)

@@ -1,0 +1,107 @@
+"""What a step reads: which rows share a forward pass, as index tensors.
+
+The loss of a member is the mean over the target tokens of its own step's rows, however these are
+split into passes, and whoever else is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from foreword.backbone.choose import Layout
+from foreword.backbone.forward import micro_batches
+from foreword.backbone.layout import Packed, pack, right_padded
+from foreword.records import Segment
+
+Part = tuple[int, list[Segment]]
+"""A member's place among those who train, and some of its rows."""
+
+
+class Shape(NamedTuple):
+    """Sizes of a pass: rows, tokens a row, targets."""
+
+    rows: int
+    width: int
+    targets: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass. Padding has a count of 0."""
+
+    row: Packed
+    owner: torch.Tensor  # [M]; whose loss a target belongs to
+    count: torch.Tensor  # [M]; targets of the owner's whole step
+
+    @property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        rows, width = self.row.ids.shape
+        return Shape(rows, width, len(self.owner))
+
+    def losses(self, logprobs: torch.Tensor, members: int) -> torch.Tensor:
+        """Each member's share of its step's loss ``[K]``."""
+        weight = torch.where(self.count > 0, 1.0 / self.count.clamp(min=1), 0.0)
+        return torch.zeros(members, device=logprobs.device).index_add(0, self.owner, -logprobs * weight)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How batches become passes.
+
+    Args:
+        opening: ids between soft prompt and segments (the template's constant beginning).
+        base: first virtual id; member ``k`` of those who train has ``P`` ids from ``base + k * P``.
+        virtual_tokens: ``P``.
+        batch_size: most rows of a member in one pass.
+        budget: most tokens of one pass.
+        layout: how rows share it.
+    """
+
+    opening: tuple[int, ...]
+    base: int
+    virtual_tokens: int
+    batch_size: int
+    budget: int
+    layout: Layout
+
+    def parts(self, batches: Sequence[Sequence[Segment]]) -> Iterator[list[Part]]:
+        """Which rows of which member share a pass: the i-th parts of all, as far as the budget goes."""
+        lead = self.virtual_tokens + len(self.opening)
+        split = [self._split(batch, lead) for batch in batches]
+        for i in range(max(map(len, split))):
+            together: list[Part] = []
+            width = 0
+            for k, mine in enumerate(split):
+                if i >= len(mine):
+                    continue
+                tokens = lead + sum(s.tokens for s in mine[i])
+                if together and max(width, tokens) * (len(together) + 1) > self.budget:
+                    yield together
+                    together, width = [], 0
+                together.append((k, mine[i]))
+                width = max(width, tokens)
+            yield together
+
+    def read(self, batches: Sequence[Sequence[Segment]]) -> list[Pass]:
+        """The passes of one step: a batch of segments for each member who trains."""
+        counts = [sum(len(b) for s in batch for b in s.branches) for batch in batches]
+        return [self._pass(parts, counts) for parts in self.parts(batches)]
+
+    def _split(self, batch: Sequence[Segment], lead: int) -> list[list[Segment]]:
+        chunks = [batch[at : at + self.batch_size] for at in range(0, len(batch), self.batch_size)]
+        return [[chunk[i] for i in part] for chunk in chunks for part in micro_batches(chunk, lead, self.budget)]
+
+    def _pass(self, parts: Sequence[Part], counts: Sequence[int]) -> Pass:
+        rows = [((*self._ids(k), *self.opening), segments) for k, segments in parts]
+        row = pack(rows) if self.layout == "packed" else right_padded(rows)
+        owner = [k for k, segments in parts for s in segments for b in s.branches for _ in b]
+        return Pass(row, torch.tensor(owner), torch.tensor([counts[k] for k in owner]))
+
+    def _ids(self, k: int) -> range:
+        first = self.base + k * self.virtual_tokens
+        return range(first, first + self.virtual_tokens)

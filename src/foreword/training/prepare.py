@@ -1,0 +1,147 @@
+"""From a population to an engine that is known to fit and to compute the same as plain steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from foreword.backbone.choose import Layout
+from foreword.backbone.layers import compiled_layers, decoder_layers, recomputed_layers
+from foreword.backbone.load import Backbone
+from foreword.backbone.memory import MB, Peak, free_memory
+from foreword.config import TrainConfig
+from foreword.data.encode import common_opening
+from foreword.errors import ForewordError
+from foreword.records import Example, Segment
+from foreword.training.engine import Eager, Engine, EngineName, accumulate, choose_engine, token_budget
+from foreword.training.passes import Reader
+from foreword.training.state import Population, State, start
+from foreword.training.static import Static, as_it_is, cuda_recorder
+
+SHARE = 0.8
+"""Of the free memory; the rest is for what is not measured here (scoring, graphs' own pools)."""
+TRIALS = 3
+"""Steps an engine has to prove itself on: a real one, a captured one, a replayed one."""
+TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+"""Largest relative difference of a loss from plain steps; low precisions differ by themselves."""
+LOW_PRECISION = 0.1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An engine with its training rows; ``notes`` say what was chosen and why."""
+
+    engine: Engine
+    segments: list[Segment]
+    name: EngineName
+    notes: list[str]
+
+
+@contextmanager
+def prepared(
+    backbone: Backbone, examples: Sequence[Example], population: Population, config: TrainConfig, layout: Layout
+) -> Iterator[Prepared]:
+    """The engine for a population, inside a ``with`` block that undoes what it did to the layers.
+
+    Raises:
+        ForewordError: an engine was asked for by name and does not work here.
+    """
+    opening = common_opening([e.context for e in examples])
+    segments = [Segment(e.context[len(opening) :], (e.target,)) for e in examples]
+    p = population.states[0].rows.shape[0]
+    budget = token_budget(config, backbone.device)
+    reader = Reader(opening, backbone.vocab_size, p, config.batch_size, budget, layout)
+    notes: list[str] = []
+    if not population.training:  # a finished run, resumed
+        yield Prepared(Eager(backbone, reader, config), segments, "eager", notes)
+        return
+    with ExitStack() as stack:
+        if config.recompute:
+            layers = stack.enter_context(recomputed_layers(backbone.model))
+            notes.append(f"activations of {layers} layers are recomputed")
+        if len(population.states) > 1:
+            reader, note = _fitting(backbone, segments, population, config, reader)
+            notes.append(note)
+        name = _name(backbone, segments, population, config, reader)
+        if name == "compile":
+            stack.enter_context(compiled_layers(backbone.model))
+        if name != "eager":
+            problem = _trial(name, backbone, segments, population, config, reader)
+            if problem and config.engine != "auto":
+                raise ForewordError(f"the engine does not work here: {problem}", f"train.engine={name}", "use eager")
+            notes.append(f"engine {'eager: ' + name + ' failed: ' + problem if problem else name}")
+            name = "eager" if problem else name
+        yield Prepared(_make(name, backbone, reader, config), segments, name, notes)
+
+
+def _make(name: EngineName, backbone: Backbone, reader: Reader, config: TrainConfig) -> Engine:
+    if name == "eager":
+        return Eager(backbone, reader, config)
+    return Static(backbone, reader, config, cuda_recorder() if backbone.device.type == "cuda" else as_it_is)
+
+
+def _name(
+    backbone: Backbone, segments: Sequence[Segment], population: Population, config: TrainConfig, reader: Reader
+) -> EngineName:
+    """The engine's name, from what is still to do."""
+    states = population.training or population.states
+    plan = population.plan
+    mean = sum(s.tokens for s in segments) / len(segments)
+    lead = reader.virtual_tokens + len(reader.opening)
+    tokens = round(len(states) * (lead + mean * min(plan.step_rows, plan.rows)))
+    layers = len(decoder_layers(backbone.model)) or 1
+    steps = plan.steps - population.step
+    return choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
+
+
+def _fitting(
+    backbone: Backbone, segments: Sequence[Segment], population: Population, config: TrainConfig, reader: Reader
+) -> tuple[Reader, str]:
+    """A budget of tokens that fits the free memory, measured on one member's longest rows."""
+    longest = sorted(segments, key=lambda s: -s.tokens)[: config.batch_size]
+    part = reader.read([longest])[0]
+    state = _copies(population.states[:1], population, config, backbone)[0]
+    peak = Peak(backbone.device)
+    accumulate(backbone, [state], part, config)
+    tokens, size, free = part.row.ids.numel(), peak.size, free_memory(backbone.device)
+    if not size:
+        return reader, f"population of {len(population.states)}; memory cannot be measured here"
+    fits = max(int(SHARE * free / size * tokens), tokens)
+    reader = replace(reader, budget=min(reader.budget, fits)) if fits < reader.budget else reader
+    at_once = max(1, min(len(population.states), reader.budget // tokens))
+    passes = -(-len(population.states) // at_once)
+    why = "as many as fit into memory" if reader.budget == fits else "the token budget"
+    return reader, (
+        f"population of {len(population.states)} soft prompts, {at_once} in a pass"
+        + (f" ({passes} passes a step; {why})" if passes > 1 else "")
+        + f": about {at_once * size / MB:.0f} MB at the peak of {free / MB:.0f} MB free"
+    )
+
+
+def _trial(
+    name: EngineName, backbone: Backbone, segments: Sequence[Segment], population: Population,
+    config: TrainConfig, reader: Reader,
+) -> str:  # fmt: skip
+    """Runs a few steps on copies of the members, by the engine and plainly; returns what is wrong, or nothing."""
+    states = population.training or population.states
+    batches = [[segments[i] for i in population.plan.batch(s.member.seed, population.step)] for s in states]
+    losses = []
+    try:
+        for engine in (_make("eager", backbone, reader, config), _make(name, backbone, reader, config)):
+            engine.load(_copies(states, population, config, backbone), [batches] * TRIALS)
+            losses.append(torch.stack([engine.step().loss for _ in range(TRIALS)]).cpu())
+    except (RuntimeError, torch.OutOfMemoryError, NotImplementedError) as e:
+        return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+    expected, found = losses
+    allowed = TOLERANCE.get(backbone.dtype, LOW_PRECISION)
+    worst = float(((found - expected).abs() / expected.abs().clamp(min=0.1)).max())
+    return "" if worst <= allowed else f"its losses differ from plain steps by {worst:.1%}"
+
+
+def _copies(states: Sequence[State], population: Population, config: TrainConfig, backbone: Backbone) -> list[State]:
+    """Fresh members that start from where these stand."""
+    rows = [s.rows.detach() for s in states]
+    return start(rows, [s.member for s in states], config, population.plan, backbone.device).states

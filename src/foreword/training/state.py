@@ -1,0 +1,160 @@
+"""Where a training stands: one state a soft prompt, and the population that trains together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from foreword.config import Member, TrainConfig
+from foreword.training.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
+from foreword.training.optim import build_optimizer, build_schedule, rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and order of a run, which follow from rows and configuration alone."""
+
+    rows: int
+    step_rows: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def batch(self, seed: int, step: int) -> list[int]:
+        """Indices of the rows that a member of this seed reads in step ``step``, counted from 0."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return list(epoch_order(self.rows, seed, epoch)[i * self.step_rows : (i + 1) * self.step_rows])
+
+
+def make_plan(rows: int, config: TrainConfig) -> Plan:
+    """Steps count the rows the recipe says: ``batch_size * accumulate`` a step."""
+    step_rows = config.batch_size * config.accumulate
+    return Plan(rows, step_rows, math.ceil(rows / step_rows), config.epochs)
+
+
+@lru_cache(maxsize=256)
+def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the rows in an epoch, from a generator of (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return tuple(torch.randperm(rows, generator=generator).tolist())
+
+
+@dataclass
+class State:
+    """One soft prompt in training: everything a checkpoint holds of it."""
+
+    member: Member
+    rows: torch.nn.Parameter
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    step: int = 0
+    best_rows: torch.Tensor | None = None
+    best_score: float = -math.inf
+    stale: int = 0
+    """Validations since the best one."""
+    stopped: bool = False
+    recent: float = math.nan
+    """Mean training loss of the last whole epoch, per step."""
+    epoch_losses: list[float] = field(default_factory=list)
+    """Losses of the epoch's steps so far."""
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """The soft prompt this member stands for ``[P, H]``: the best by validation, else the last."""
+        return (self.best_rows if self.best_rows is not None else self.rows).detach().clone()
+
+    @property
+    def merit(self) -> float:
+        """What members are compared by, higher is better: validation where there is one, else training loss."""
+        return self.best_score if self.best_rows is not None else -self.recent
+
+    def counters(self) -> dict[str, Any]:
+        """Its numbers, JSON-safe."""
+        return {
+            "step": self.step,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
+            "stale": self.stale,
+            "stopped": self.stopped,
+            "recent": self.recent if math.isfinite(self.recent) else None,
+            "epoch_losses": self.epoch_losses,
+            "schedule": {**self.schedule.state_dict(), "_last_lr": [rate(self.schedule)]},
+        }
+
+
+@dataclass
+class Population:
+    """The soft prompts that train in one pass, each with its own optimiser and schedule."""
+
+    states: list[State]
+    plan: Plan
+    seconds: float = 0.0
+    """Time spent in steps, resumed ones included."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl at this point."""
+
+    @property
+    def step(self) -> int:
+        """Steps done by those who went furthest."""
+        return max(s.step for s in self.states)
+
+    @property
+    def training(self) -> list[State]:
+        """Those who have steps to do."""
+        return [s for s in self.states if not s.stopped and s.step < self.plan.steps]
+
+    @property
+    def best(self) -> int:
+        """The member with the highest merit; the first of equals."""
+        merits = [-math.inf if math.isnan(s.merit) else s.merit for s in self.states]
+        return merits.index(max(merits))
+
+    def checkpoint(self) -> Checkpoint:
+        """All members as tensors and counters."""
+        tensors: dict[str, torch.Tensor] = {}
+        counters = []
+        for k, state in enumerate(self.states):
+            mine, optimizer = pack_optimizer(state.optimizer)
+            mine["rows"] = state.rows
+            if state.best_rows is not None:
+                mine["best_rows"] = state.best_rows
+            tensors |= {f"{k}.{name}": tensor for name, tensor in mine.items()}
+            counters.append({**state.counters(), "optimizer": optimizer})
+        return Checkpoint(tensors, {"seconds": self.seconds, "metrics_bytes": self.metrics_bytes, "members": counters})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint of the same run."""
+        self.seconds, self.metrics_bytes = checkpoint.state["seconds"], checkpoint.state["metrics_bytes"]
+        for k, (state, found) in enumerate(zip(self.states, checkpoint.state["members"], strict=True)):
+            start = f"{k}."
+            tensors = {n.removeprefix(start): t for n, t in checkpoint.tensors.items() if n.startswith(start)}
+            with torch.no_grad():
+                state.rows.copy_(tensors["rows"])
+            best = tensors.get("best_rows")
+            state.best_rows = None if best is None else best.to(state.rows.device)
+            unpack_optimizer(state.optimizer, tensors, found["optimizer"])
+            state.schedule.load_state_dict(dict(found["schedule"]))
+            state.step, state.stale, state.stopped = found["step"], found["stale"], found["stopped"]
+            state.best_score = -math.inf if found["best_score"] is None else found["best_score"]
+            state.recent = math.nan if found["recent"] is None else found["recent"]
+            state.epoch_losses = list(found["epoch_losses"])
+
+
+def start(
+    rows: Sequence[torch.Tensor], members: Sequence[Member], config: TrainConfig, plan: Plan, device: torch.device
+) -> Population:
+    """Fresh states from initial rows, each ``[P, H]``; soft prompts and optimisers are float32."""
+    states = []
+    for first, member in zip(rows, members, strict=True):
+        parameter = torch.nn.Parameter(first.detach().to(device, torch.float32).clone())
+        optimizer = build_optimizer(parameter, config, member.lr)
+        states.append(State(member, parameter, optimizer, build_schedule(optimizer, config, plan.steps)))
+    return Population(states, plan)
