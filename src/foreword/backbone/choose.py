@@ -49,7 +49,8 @@ def choose_layout(
     kind = str(backbone.config.model_type)
     if getattr(backbone.model, "_is_stateful", False):
         return Choice("rows", "rows", f"{kind} is recurrent: right-padded rows")
-    sample = sorted(segments, key=lambda s: s.tokens)[:2]
+    # One branch each: whether the model heeds mask and positions shows between two segments.
+    sample = [Segment(s.context, s.branches[:1]) for s in sorted(segments, key=lambda s: s.tokens)[:2]]
     reference = _evaluate(backbone, table, sample, _one_by_one, gradient)
     alibi = kind in ALIBI or bool(getattr(backbone.config, "alibi", False))
     if not alibi and _agrees(backbone, table, sample, packed_logprobs, reference):

@@ -26,10 +26,14 @@ class HeadTap:
     """Takes the hidden states before the LM head, inside a ``with`` block; the head then runs on one of them.
 
     It is the model's own forward that runs, so whatever it does before the head is done.
+
+    Args:
+        head: the model's output embedding.
+        whole: let the head run on all of them all the same.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head
+    def __init__(self, head: nn.Module, whole: bool = False) -> None:
+        self.head, self.whole = head, whole
         self.hidden: torch.Tensor | None = None  # [R, N, H]
         self._handle: Any = None
 
@@ -44,7 +48,7 @@ class HeadTap:
 
     def _take(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self.hidden = args[0]
-        return (args[0][:1, :1].detach(), *args[1:])
+        return args if self.whole else (args[0][:1, :1].detach(), *args[1:])
 
     def at(self, keep: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[U, H]`` at the places ``keep`` of the flattened rows."""
@@ -104,9 +108,8 @@ def knows_head(backbone: Backbone) -> bool:
         return False
     ids = torch.tensor([PROBE_IDS], device=backbone.device)
     with torch.no_grad():
-        expected = backbone.model(input_ids=ids, use_cache=False).logits[0].float()
-        with HeadTap(head) as tap:
-            backbone.model(input_ids=ids, use_cache=False)
+        with HeadTap(head, whole=True) as tap:
+            expected = backbone.model(input_ids=ids, use_cache=False).logits[0].float()
         if tap.hidden is None or tap.hidden.shape[:2] != ids.shape:
             return False
         found = _logits(backbone, tap.hidden[0])

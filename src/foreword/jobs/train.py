@@ -193,13 +193,14 @@ class _Job:
 
     def _introduce_members(self, population: Population) -> None:
         """What each member was and how it did, and by what the best was chosen."""
-        validated = bool(self.validation) and self.recipe.train.select != "last"
-        by = f"validation {self.recipe.train.select}" if validated else "training loss of the last epoch, negated"
+        by = "training loss of the last epoch"
+        if self.validation and self.recipe.train.select != "last":
+            by = f"validation {self.recipe.train.select}"
         for k, state in enumerate(population.states):
             mark = " (kept)" if k == population.best else ""
-            line = f"member {k:02} {state.member}: {state.merit:.4f}{mark}"
+            value = -state.merit if by.endswith(("loss", "epoch")) else state.merit
+            line = f"member {k:02} {state.member}: {by} {value:.4f}{mark}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-        self.console.print(f"members compared by {by}, higher is better", highlight=False, soft_wrap=True)
 
 
 def _check_names(recipe: Recipe) -> None:
