@@ -21,8 +21,10 @@ from foreword.backbone.forward import (
     shared_logprobs,
 )
 from foreword.backbone.layout import pack, visible
-from foreword.backbone.load import Backbone
+from foreword.backbone.load import Backbone, load_backbone
 from foreword.backbone.virtual import VirtualTokens
+from foreword.config import ModelConfig
+from foreword.errors import ForewordError
 from foreword.records import Segment
 
 PACKING = ["llama-gqa", "gpt2", "gpt-neox", "gemma3", "gemma2", "mistral-window", "qwen3", "opt", "gptj"]
@@ -184,6 +186,38 @@ def test_text_rows_equal_the_hard_prompt_and_leave_the_model_as_it_was(family: s
     assert all(torch.equal(before[k], v) for k, v in backbone.model.state_dict().items())
     assert not backbone.embedding._forward_hooks
     assert not backbone.embedding._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore")  # flex_attention warns that it runs without torch.compile
+@pytest.mark.parametrize("family", ["llama-gqa", "gemma3", "mistral-window"])
+def test_block_sparse_attention_sees_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import flex_attention
+
+    # On a CPU only the plain operator runs here, forward; transformers compiles it.
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", _plain_flex)
+    backbone = tiny.backbone(family, torch.float32)
+    table = table_of(backbone, 20).detach().float()
+    expected = plain(backbone, table, OPENING_IDS)
+    backbone.model.set_attn_implementation("flex_attention")
+    with torch.no_grad(), VirtualTokens(backbone.embedding, table) as virtual:
+        start = [*virtual.ids, *OPENING_IDS]
+        whole = packed_logprobs(backbone, [(start, SEGMENTS)])
+        cached = packed_logprobs(backbone, [((), SEGMENTS)], compute_prefix(backbone, start))
+    torch.testing.assert_close(whole, expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(cached, expected, atol=2e-5, rtol=2e-5)
+
+
+def _plain_flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, training: bool = False, **kwargs: object
+) -> object:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(query, key, value, **kwargs)  # type: ignore[arg-type]
+
+
+def test_block_sparse_attention_is_refused_without_cuda() -> None:
+    with pytest.raises(ForewordError, match="CUDA only"):
+        load_backbone(ModelConfig("none", device="cpu", attention="flex_attention"))
 
 
 segments = st.lists(

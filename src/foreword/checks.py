@@ -36,6 +36,7 @@ FRACTIONS = ("data.eval_fraction", "data.validation_fraction")
 CHOICES = {
     "data.task": ("auto", "classify", "generate"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "model.attention": ("auto", "sdpa", "eager", "flex_attention"),
     "train.select": ("last", "loss", "accuracy", "macro_f1"),
     "train.autocast": ("auto", "on", "off"),
     "train.engine": ("auto", "eager", "graph", "compile"),

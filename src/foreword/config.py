@@ -26,6 +26,9 @@ class ModelConfig:
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"
     """auto (float32 on CPU, else bfloat16), float32, bfloat16 or float16."""
+    attention: str = "auto"
+    """transformers' attention: auto (what it takes itself), sdpa, eager, or flex_attention, which skips
+    what a long packed row does not see (CUDA only)."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cuda, cuda:N, mps or cpu."""
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from foreword.backbone.head import HeadTap, target_logprobs
-from foreword.backbone.layout import Packed, additive, left_pad, pack, right_padded, visible
+from foreword.backbone.layout import Packed, additive, block_mask, left_pad, pack, right_padded, visible
 from foreword.backbone.load import Backbone
 from foreword.records import Segment
 
@@ -145,13 +145,15 @@ def _forward(backbone: Backbone, row: Packed, **cache: Any) -> Any:
     return backbone.model(input_ids=row.ids, **kwargs)
 
 
-def _masks(backbone: Backbone, row: Packed) -> torch.Tensor | dict[str, torch.Tensor]:
+def _masks(backbone: Backbone, row: Packed) -> Any:
     """The mask in the form the model's layers want: one, or one for each kind of layer."""
     config = backbone.config
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
 
-    def mask(width: int | None) -> torch.Tensor:
+    def mask(width: int | None) -> Any:
+        if config._attn_implementation == "flex_attention":
+            return block_mask(row, width)
         return additive(visible(row, width), backbone.dtype)
 
     if kinds == {"full_attention", "sliding_attention"}:

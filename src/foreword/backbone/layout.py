@@ -166,6 +166,27 @@ def additive(see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(see.shape, dtype=dtype, device=see.device).masked_fill_(~see, torch.finfo(dtype).min)[:, None]
 
 
+def block_mask(row: Packed, window: int | None = None) -> Any:
+    """The same visibility for flex_attention, which skips blocks of 128 x 128 nobody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    assert row.end is not None
+    assert row.positions is not None
+    (r, n), s = row.end.shape, row.cached
+    device = row.end.device
+    end = torch.cat([row.end.new_full((r, s), n), row.end], dim=1)
+    positions = row.positions
+    keys = torch.cat([torch.arange(s, device=device).expand(r, -1), positions], dim=1)
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        seen = (k <= q + s) & (q < end[b, k])
+        if window is not None:
+            seen = seen & (positions[b, q] - keys[b, k] < window)
+        return seen | (k == q + s)
+
+    return create_block_mask(sees, r, None, n, s + n, device=str(device))
+
+
 def _written(opening: Sequence[int], segments: Sequence[Segment], cached: int) -> _Row:
     row = _Row(opening, cached)
     for segment in segments:

@@ -125,10 +125,13 @@ def load_backbone(config: ModelConfig) -> Backbone:
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if config.attention == "flex_attention" and device.type != "cuda":
+        raise ForewordError("flex_attention trains on CUDA only", "key model.attention", "model.attention=auto")
     with _explained(config) as (source, options):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **options)
         tokenizer = _tokenizer(source, options)
     return Backbone(freeze(model).to(device), tokenizer, config.id, config.revision)
 
