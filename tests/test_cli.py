@@ -263,6 +263,33 @@ def test_every_key_has_help(cli: Cli) -> None:
     assert "train.lr=0.03\n    Learning rate." in out
 
 
+def test_a_population_keeps_its_best_and_every_member_is_an_adapter(
+    cli: Cli, train_csv: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    lists = ["train.lr=[0.05,0.001]", "prompt.population=2", "data.validation_fraction=0.3", "train.select=loss"]
+    code, out, err = cli(*train_args(model_folder, train_csv, tmp_path / "run"), *QUICK[:2], *lists)
+    assert code == 0, err
+    assert "population of 4 soft prompts" in out
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best: dict[int, float] = {}
+    for event in events:
+        if event["event"] == "validation":
+            best[event["member"]] = min(event["loss"], best.get(event["member"], event["loss"]))
+    assert len(best) == 4
+    winner = min(best, key=lambda k: best[k])
+    assert f"member {winner:02}" in next(line for line in out.splitlines() if "(kept)" in line)
+    kept = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    folders = sorted((tmp_path / "run" / "members").iterdir())
+    assert [f.name for f in folders] == ["00", "01", "02", "03"]
+    assert (folders[winner] / "adapter_model.safetensors").read_bytes() == kept
+    said = json.loads((folders[3] / "foreword.json").read_text())["training"]
+    assert (said["lr"], said["seed"], said["population"]) == (0.001, 1, 4)
+    assert cli("generate", folders[3], "my parcel")[0] == 0
+    three_lines(cli(*train_args(model_folder, train_csv, tmp_path / "x"), "train.seed=[0,1]", "prompt.population=2"))
+    three_lines(cli(*train_args(model_folder, train_csv, tmp_path / "x"), "train.engine=graph", "model.device=cpu"))
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_resumed_is_uninterrupted_byte_for_byte(
     cli: Cli, train_csv: Path, model_folder: Path, tmp_path: Path, how: signal.Signals

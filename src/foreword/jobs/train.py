@@ -15,7 +15,7 @@ from foreword.artifact.folder import peft_config, write_adapter
 from foreword.artifact.lock import run_folder
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
-from foreword.backbone.load import Backbone, load_backbone
+from foreword.backbone.load import Backbone, choose_device, load_backbone
 from foreword.checks import check
 from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
@@ -28,6 +28,7 @@ from foreword.prompts.initialisers import parse_init
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
+from foreword.training.engine import choose_engine
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
 from foreword.training.state import Population, State, make_plan
@@ -204,7 +205,8 @@ class _Job:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Optimiser, schedule and initialiser by name, before the model is loaded."""
+    """Optimiser, schedule, initialiser and engine by name, before the model is loaded."""
+    choose_engine(recipe.train.engine, choose_device(recipe.model.device), 1, 1, 1, 1)
     for member in members(recipe):
         parse_init(member.init, recipe.prompt.virtual_tokens)
     probe = build_optimizer(torch.nn.Parameter(torch.zeros(1, 1)), recipe.train, 0.1)
