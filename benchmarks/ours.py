@@ -5,23 +5,29 @@ The only file of the suite that reaches into Foreword's internals: when they mov
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from foreword.backbone.choose import choose_layout
+from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.config import DataConfig, Member, ModelConfig, PromptConfig, TrainConfig
 from foreword.data.encode import common_opening
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import read_splits
 from foreword.jobs.prepare import initial_rows, make_encoder
+from foreword.jobs.training import validator
 from foreword.records import Example, Segment
 from foreword.training.engine import Eager, token_budget
+from foreword.training.loop import Hooks, train
 from foreword.training.passes import Reader
-from foreword.training.state import make_plan, start
+from foreword.training.prepare import Prepared, prepared
+from foreword.training.state import Plan, make_plan, start
 
 SEED = 0
 LR = 0.03
@@ -96,11 +102,9 @@ class Foreword:
         self.backbone, self.opening, self.dtype = setting.backbone, setting.opening, setting.dtype
         self.virtual_tokens = len(setting.rows)
         self.config = TrainConfig(epochs=setting.epochs)
-        sample = [Segment(e.context, setting.label_ids[:4] or (e.target,)) for e in setting.examples]
-        self.layout = choose_layout(self.backbone, setting.rows.to(setting.device), sample)
-        plan = make_plan(len(setting.examples), self.config)
+        self.layout = layout_of(setting, self.backbone)
         member = Member("text", SEED, LR)
-        self.states = start([setting.rows], [member], self.config, plan, setting.device).states
+        self.states = start([setting.rows], [member], self.config, plan(setting, self.config), setting.device).states
         budget = token_budget(self.config, setting.device)
         base, batch = self.backbone.vocab_size, self.config.batch_size
         reader = Reader(self.opening, base, self.virtual_tokens, batch, budget, self.layout.train)
@@ -118,3 +122,80 @@ class Foreword:
         rows = self.states[0].rows.detach()
         probabilities = classify(self.backbone, rows, contexts, label_ids, self.layout.score)
         return [int(c) for c in probabilities.argmax(1)]
+
+
+class Members:
+    """Foreword's own engines: a population trained in one pass, on a copy of the backbone.
+
+    A copy, because some engines change the layers, and contenders take turns.
+
+    Args:
+        setting: what all contenders start from.
+        config: the optimisation, with the engine's name.
+        count: soft prompts in the population.
+        stack: what ends the engine.
+
+    Raises:
+        ForewordError: the engine does not work here.
+    """
+
+    def __init__(self, setting: Setting, config: TrainConfig, count: int, stack: ExitStack) -> None:
+        backbone = own_copy(setting.backbone)
+        self.plan = plan(setting, config)
+        members = [Member("text", SEED + k, LR) for k in range(count)]
+        self.population = start([setting.rows] * count, members, config, self.plan, setting.device)
+        self.layout = layout_of(setting, backbone).train
+        began = time.perf_counter()
+        self.ready: Prepared = stack.enter_context(
+            prepared(backbone, setting.examples, self.population, config, self.layout)
+        )
+        self.prepare_s = time.perf_counter() - began
+
+    @property
+    def engine(self) -> str:
+        """The engine in use."""
+        return self.ready.name
+
+    def run(self, steps: Sequence[int]) -> list[float]:
+        """These steps of the plan, their rows laid out first; returns the last losses ``[K]``."""
+        segments, states = self.ready.segments, self.population.states
+        batches = [[[segments[i] for i in self.plan.batch(s.member.seed, t)] for s in states] for t in steps]
+        self.ready.engine.load(states, batches)
+        figures = [self.ready.engine.step() for _ in steps]
+        losses: list[float] = figures[-1].loss.tolist()
+        return losses
+
+
+def own_copy(backbone: Backbone) -> Backbone:
+    """A backbone of the same weights that may be changed."""
+    return replace(backbone, model=copy.deepcopy(backbone.model))
+
+
+def plan(setting: Setting, config: TrainConfig) -> Plan:
+    """Which rows each step reads."""
+    return make_plan(len(setting.examples), config)
+
+
+def layout_of(setting: Setting, backbone: Backbone) -> Choice:
+    """The layout Foreword chooses for these rows."""
+    sample = [Segment(e.context, setting.label_ids[:4] or (e.target,)) for e in setting.examples]
+    return choose_layout(backbone, setting.rows.to(setting.device), sample)
+
+
+def whole_job(setting: Setting, held_out: Sequence[Example], config: TrainConfig) -> dict[str, Any]:
+    """A training as ``foreword train`` runs it, scoring ``held_out`` after every epoch.
+
+    Choosing the layout and preparing the engine are part of it; loading the model and writing files are not.
+
+    Returns:
+        ``engine``, and the seconds of its steps alone (``step_s``, all of them together).
+    """
+    backbone = setting.backbone
+    layout = layout_of(setting, backbone)
+    member = Member("text", SEED, LR)
+    population = start([setting.rows], [member], config, plan(setting, config), setting.device)
+    names = [str(c) for c in range(len(setting.label_ids))]
+    hooks = Hooks(validate=validator(backbone, held_out, names, setting.label_ids, layout))
+    with prepared(backbone, setting.examples, population, config, layout.train) as ready:
+        train(ready.engine, ready.segments, population, config, hooks)
+    return {"engine": ready.name, "step_s": population.seconds}

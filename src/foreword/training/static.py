@@ -10,6 +10,7 @@ ready. Capturing itself computes nothing, so no state has to be saved for it.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -209,7 +210,9 @@ def cuda_recorder() -> Recorder:
             nonlocal graph, warm
             if not warm:
                 stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), warnings.catch_warnings():
+                    # torch's, at a step that can be captured and is not: the next one is
+                    warnings.filterwarnings("ignore", message=".*capturable=True.*")
                     work()
                 torch.cuda.current_stream().wait_stream(stream)
                 warm = True
