@@ -68,12 +68,11 @@ def prepared(
         name = _name(backbone, segments, population, config, reader)
         if name == "compile":
             stack.enter_context(compiled_layers(backbone.model))
-        if name != "eager":
-            problem = _trial(name, backbone, segments, population, config, reader)
-            if problem and config.engine != "auto":
-                raise ForewordError(f"the engine does not work here: {problem}", f"train.engine={name}", "use eager")
-            notes.append(f"engine {'eager: ' + name + ' failed: ' + problem if problem else name}")
-            name = "eager" if problem else name
+        problem = "" if name == "eager" else _trial(name, backbone, segments, population, config, reader)
+        if problem and config.engine != "auto":
+            raise ForewordError(f"the engine does not work here: {problem}", f"train.engine={name}", "use eager")
+        notes.append(f"engine eager: {name} failed: {problem}" if problem else f"engine {name}")
+        name = "eager" if problem else name
         yield Prepared(_make(name, backbone, reader, config), segments, name, notes)
 
 
