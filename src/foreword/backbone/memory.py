@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            self.before = _resident("VmRSS") if _reset_peak() else None
+            self.before = _resident("VmRSS") if _CLEAR.exists() and _reset_peak() else None
 
     @property
     def size(self) -> int | None:
@@ -46,7 +47,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def _reset_peak() -> bool:
-    """Sets VmHWM back to the resident size; false where the system cannot."""
+    """Sets VmHWM back to the resident size; false where the system cannot.
+
+    Pages that malloc keeps for later are given back first: work that reuses them would seem to need none.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it, musl does not
+        trim(0)
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -106,9 +106,9 @@ def _fitting(
     peak = Peak(backbone.device)
     accumulate(backbone, [state], part, config)
     tokens, size, free = part.row.ids.numel(), peak.size, free_memory(backbone.device)
-    if not size:
+    if size is None:
         return reader, f"population of {len(population.states)}; memory cannot be measured here"
-    fits = max(int(SHARE * free / size * tokens), tokens)
+    fits = max(int(SHARE * free / max(size, 1) * tokens), tokens)
     reader = replace(reader, budget=min(reader.budget, fits)) if fits < reader.budget else reader
     at_once = max(1, min(len(population.states), reader.budget // tokens))
     passes = -(-len(population.states) // at_once)
