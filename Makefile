@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fmt bench bench-compare bench-table clean
+.PHONY: demo test check fmt bench bench-gpu bench-compare bench-table clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -22,6 +22,10 @@ check: $(VENV)/.installed-dev
 # Options in ARGS: make bench ARGS="--rounds 5 --virtual-tokens 8"
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/cpu.py $(ARGS)
+
+# On a machine with one CUDA card: make bench-gpu ARGS="--sections steps"
+bench-gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 # Exit code 1 where Foreword got slower than in the result before.
 bench-compare: $(VENV)/.installed-dev

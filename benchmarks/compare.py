@@ -25,7 +25,7 @@ from typing import Any
 from results import FOLDER, Result, comparable, newest, read
 
 OURS = "foreword"
-OPPONENT = {"train_step": "guide", "scoring": "guide", "two_class_scoring": "per-class"}
+OPPONENT = {"train_step": "guide", "scoring": "guide", "two_class_scoring": "per-class", "guide_job": "guide"}
 """The sections compared, and whose time in each stands for the machine's speed."""
 
 
@@ -54,13 +54,14 @@ class Change:
 
 def compare(old: Result, new: Result) -> list[Change]:
     """Every time of Foreword that both results hold."""
-    before = {r["virtual_tokens"]: r for r in old["results"]}
+    before = {(r.get("model"), r["virtual_tokens"]): r for r in old["results"]}
     changes = []
     for now in new["results"]:
-        then = before.get(now["virtual_tokens"], {})
+        then = before.get((now.get("model"), now["virtual_tokens"]), {})
         for section, opponent in OPPONENT.items():
             if OURS in then.get(section, {}) and OURS in now.get(section, {}):
-                name = f"{section.replace('_', ' ')}, P = {now['virtual_tokens']}"
+                words = [section.replace("_", " "), now.get("model"), f"P = {now['virtual_tokens']}"]
+                name = ", ".join(filter(None, words))
                 changes.append(change(name, then[section], now[section], opponent))
     return changes
 
@@ -95,11 +96,11 @@ def show(old: Result, new: Result, changes: Sequence[Change]) -> None:
     print(f"{old['file']} -> {new['file']}: {new['model']}, {new['row_count']} rows of {new['rows']}")
     if old["machine"] != new["machine"]:
         print("the machines differ: read normalised figures only")
-    print(f"{'':32}{'old s':>10}{'new s':>10}{'raw':>9}{'normalised':>12}")
+    print(f"{'':40}{'old s':>10}{'new s':>10}{'raw':>9}{'normalised':>12}")
     for c in changes:
         normalised = "-" if c.normalised is None else f"{c.normalised:+.1f} %"
         raw = f"{c.raw:+.1f} %"
-        print(f"{c.name:32}{c.old_s:>10.4g}{c.new_s:>10.4g}{raw:>9}{normalised:>12}  {c.verdict}")
+        print(f"{c.name:40}{c.old_s:>10.4g}{c.new_s:>10.4g}{raw:>9}{normalised:>12}  {c.verdict}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -134,13 +134,14 @@ class Members:
         config: the optimisation, with the engine's name.
         count: soft prompts in the population.
         stack: what ends the engine.
+        own: copy the backbone; not where its memory would count.
 
     Raises:
         ForewordError: the engine does not work here.
     """
 
-    def __init__(self, setting: Setting, config: TrainConfig, count: int, stack: ExitStack) -> None:
-        backbone = own_copy(setting.backbone)
+    def __init__(self, setting: Setting, config: TrainConfig, count: int, stack: ExitStack, own: bool = True) -> None:
+        backbone = own_copy(setting.backbone) if own else setting.backbone
         self.plan = plan(setting, config)
         members = [Member("text", SEED + k, LR) for k in range(count)]
         self.population = start([setting.rows] * count, members, config, self.plan, setting.device)

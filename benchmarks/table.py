@@ -20,6 +20,8 @@ CONTENDERS = {
     "lora8": ("PEFT LoRA r = 8", "LoRA in PEFT's default modules, otherwise as PEFT best"),
     "lora32": ("PEFT LoRA r = 32", "the same with rank 32"),
     "per-class": ("PEFT, class by class", "scoring by one padded row for each row and class"),
+    "recompute": ("Foreword, recompute", "Foreword with activations recomputed (train.recompute)"),
+    "floor": ("floor", "the larger of reading the weights twice at a copy's speed and useful work at a product's"),
 }
 """Name and description of each contender, in the order of the tables."""
 GOALS: dict[str, list[tuple[str, str, str, int | None, float, float]]] = {
@@ -30,9 +32,21 @@ GOALS: dict[str, list[tuple[str, str, str, int | None, float, float]]] = {
         ("scoring", "scoring_ratio", "guide", 100, 4.0, 5.0),
         ("two-class scoring", "two_class_scoring_ratio", "per-class", None, 4.0, 6.0),
         ("step's peak memory above the weights", "memory_ratio", "guide", None, 0.6, 0.4),
-    ]
+    ],
+    "gpu": [
+        ("step", "train_step_ratio", "guide", 8, 10, 20),
+        ("step for each of 16 soft prompts", "population_16_ratio", "guide", 8, 50, 110),
+        ("floor over step, 16 soft prompts", "floor_ratio", "floor", 8, 0.2, 0.5),
+        ("PEFT's guide as a job", "guide_job_ratio", "guide", 8, 20, 50),
+        ("step", "train_step_ratio", "best", 200, 2.2, 3),
+        ("step", "train_step_ratio", "lora32", 200, 2.5, 3),
+        ("step's peak memory above the weights", "memory_ratio", "best", 200, 0.4, 0.4),
+    ],
 }
 """What the project promises by kind: words, section, opponent, P (None: every P), must, aim."""
+HEAD = ("model", "P", "contender")
+PLAIN = ("memory_ratio", "floor_ratio")
+"""Ratios that are shares, not how many times as fast."""
 HOW = """\
 Foreword and its opponents take turns batch by batch in one process: the same rows, the same loaded backbone, the
 same precision. Figures are medians [minimum, maximum] over all timed runs, after one round to warm up. **x** is the
@@ -89,6 +103,8 @@ def section(result: Result) -> Iterator[str]:
         (f"Two-class scoring, {result['row_count']} rows", "two_class_scoring"),
     ):
         yield from scoring(result, title, key, unit, factor)
+    yield from engines(result)
+    yield from jobs(result)
     yield from startup(result)
 
 
@@ -114,15 +130,17 @@ def goals(result: Result) -> Iterator[str]:
             value = size.get(key, {}).get(opponent)
             if value is None or wanted not in (None, size["virtual_tokens"]):
                 continue
-            unit = "" if key == "memory_ratio" else "x"
-            figures = [f"{number(value)}{unit}", f"{must}{unit}", f"{aim}{unit}", verdict(value, must, aim)]
-            rows.append([f"{words}, P = {size['virtual_tokens']}", CONTENDERS[opponent][0], *figures])
+            unit = "" if key in PLAIN else "x"
+            met = verdict(value, must, aim, small=key == "memory_ratio")
+            figures = [f"{number(value)}{unit}", f"{must}{unit}", f"{aim}{unit}", met]
+            where = ", ".join(filter(None, [words, size.get("model"), f"P = {size['virtual_tokens']}"]))
+            rows.append([where, CONTENDERS[opponent][0], *figures])
     yield from table("Against the goals", ["figure", "against", "measured", "must", "aim", "verdict"], rows)
 
 
-def verdict(value: float, must: float, aim: float) -> str:
-    """In words; a must above its aim is a ratio that should be small."""
-    sign = 1 if aim >= must else -1
+def verdict(value: float, must: float, aim: float, small: bool) -> str:
+    """In words; ``small``: the smaller, the better."""
+    sign = -1 if small else 1
     return "aim met" if sign * value >= sign * aim else "must met" if sign * value >= sign * must else "**missed**"
 
 
@@ -134,14 +152,41 @@ def steps(result: Result, unit: str, factor: float) -> Iterator[str]:
         for c in contenders(times):
             rates = [shown(times[c].get("tokens_per_s"), ".0f"), shown(times[c].get("flops_share"), ".0%")]
             rows.append([*timed(size, "train_step", c, factor), *rates, shown(memory.get(c), ".0f")])
-    head = ["P", "contender", unit, "x", "runs", "tokens/s", "of peak", "peak MB"]
+    head = [*HEAD, unit, "x", "runs", "tokens/s", "of peak", "peak MB"]
     yield from table(f"Training step, batches of {result['batch_size']} rows", head, rows)
+
+
+def engines(result: Result) -> Iterator[str]:
+    """Steps of every engine and size of population, and those that did not work."""
+    rows, failed = [], []
+    for size in result["results"]:
+        for group in size.get("populations", []):
+            first = [size["model"], str(size["virtual_tokens"]), str(group["members"])]
+            for engine, each in group["ms_per_prompt"].items():
+                times = [number(group["ratio_per_prompt"][engine][o]) for o in ("guide", "best")]
+                took = group["step"][engine]
+                rows.append([*first, engine, spread(took, 1e3), number(each), *times, str(took["runs"])])
+            failed += [f"{first[0]}, K = {first[2]}: {n} did not work: {why}." for n, why in group["failed"].items()]
+    head = ["model", "P", "K", "engine", "ms a step", "ms a soft prompt", "x guide", "x best", "runs"]
+    yield from table("Engines and populations of K soft prompts", head, rows)
+    if failed:
+        yield from ("", *(f"- {line}" for line in failed))
+
+
+def jobs(result: Result) -> Iterator[str]:
+    """A whole training with scoring after every epoch."""
+    rows = []
+    for size in result["results"]:
+        for c in contenders(size.get("guide_job", {})):
+            epochs = size["guide_job"][c].get("scaled_from_epochs")
+            rows.append([*timed(size, "guide_job", c, 1.0), f"{epochs} epochs, scaled" if epochs else "all epochs"])
+    yield from table("PEFT's guide as a job", [*HEAD, "s", "x", "runs", "measured"], rows)
 
 
 def scoring(result: Result, title: str, key: str, unit: str, factor: float) -> Iterator[str]:
     """One of the two kinds of scoring."""
     rows = [timed(size, key, c, factor) for size in result["results"] for c in contenders(size.get(key, {}))]
-    yield from table(title, ["P", "contender", unit, "x", "runs"], rows)
+    yield from table(title, [*HEAD, unit, "x", "runs"], rows)
 
 
 def startup(result: Result) -> Iterator[str]:
@@ -162,10 +207,12 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Ite
 
 
 def timed(size: Mapping[str, Any], key: str, contender: str, factor: float) -> list[str]:
-    """P, contender, time, how many times Foreword's time that is, and runs."""
+    """The columns of HEAD, time, how many times Foreword's time that is, and runs."""
     summary, ratio = size[key][contender], size.get(f"{key}_ratio", {}).get(contender)
     times = "" if ratio is None else number(ratio)
-    return [str(size["virtual_tokens"]), CONTENDERS[contender][0], spread(summary, factor), times, str(summary["runs"])]
+    model = size.get("model", "") + (f", batches of {size['batch_size']}" if "batch_size" in size else "")
+    first = [model, str(size["virtual_tokens"]), CONTENDERS[contender][0]]
+    return [*first, spread(summary, factor), times, str(summary["runs"])]
 
 
 def contenders(times: Mapping[str, Any]) -> list[str]:

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import compare
 import cpu
+import gpu
 import measure
 import opponents
 import ours
 import results
+import shapes
 import startup
 import suite
 import table
@@ -248,6 +250,69 @@ def test_free_text_is_timed_in_training_only(setting: ours.Setting, monkeypatch:
     found = suite.measure(free, ["guide"], 1, {"float32": 1e9})
     assert set(found["train_step"]) == {"foreword", "guide"}
     assert "scoring" not in found
+
+
+def test_the_gpu_benchmark_runs_dry_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measure, "MATMUL_SIZES", {"cpu": (64,)})
+    monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(gpu, "TINY", dataclasses.replace(gpu.TINY, populations=(2, 3)))
+    options = ["--device", "cpu", "--tiny", "--rounds", "1", "--guide-epochs", "1", "--engines", "eager", "graph"]
+    path = gpu.main([*options, "--out", str(tmp_path)])
+    found = json.loads(path.read_text())
+    *small, large = found["results"]
+    assert found["kind"] == "gpu"
+    assert [r["model"] for r in found["results"]] == list(shapes.SHAPES)
+    assert [r["layout"] for r in found["results"]] == ["packed", "rows", "packed"]
+    for size in small:
+        assert set(size["train_step"]) == {"foreword", "guide", "best"}
+        assert [g["members"] for g in size["populations"]] == [1, 2, 3]
+        assert set(size["populations"][0]["failed"]) == {"graph"}  # needs a card
+        assert set(size["populations"][2]["step"]) == {"eager", "guide", "best"}
+        assert size["guide_job"]["guide"]["scaled_from_epochs"] == 1
+        for key in ("train_step_ratio", "population_2_ratio", "population_3_ratio", "floor_ratio", "guide_job_ratio"):
+            assert all(value > 0 for value in size[key].values()), key
+    assert set(large["train_step"]) == {"foreword", "recompute", "best", "lora32"}
+    assert large["engines"] == {"foreword": "eager", "recompute": "eager"}
+    assert not large["failed"]
+    assert all(math.isfinite(value) for value in numbers(found))
+    page = table.page([found | {"file": path.name}])
+    for title in ("Against the goals", "Training step", "Engines and populations", "PEFT's guide as a job"):
+        assert f"### {title}" in page
+    assert "SmolLM2-135M, K = 1: graph did not work" in page
+    assert results.comparable(found, results.newest(tmp_path, "gpu")[0])
+    assert not results.comparable(found, found | {"kind": "cpu"})
+    capsys.readouterr()
+    assert compare.main([str(path), str(path)]) == 0
+    assert "train step, bloomz-560m, P = 8" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_refuses_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, said in (([], "no CUDA device here"), (["--device", "cpu"], "--out")):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main(options)
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_random_rows_have_the_lengths_they_stand_for() -> None:
+    found = shapes.backbone("SmolLM2-135M", CPU, torch.float32, tiny=True)
+    rows = shapes.tweets(found, 400, P, 1)
+    lengths = [len(e.context) + len(e.target) for e in rows.examples]
+    assert max(lengths) == shapes.TWEETS.longest
+    assert sum(lengths) / len(lengths) == pytest.approx(shapes.TWEETS.mean, abs=2)
+    assert len(rows.opening) == shapes.OPENING
+    assert {e.target for e in rows.examples} == set(rows.label_ids)
+    rows = shapes.reasoning(found, 400, P, 1)
+    lengths = [len(e.context) + len(e.target) for e in rows.examples]
+    assert max(lengths) == shapes.REASONING.longest
+    assert sum(lengths) / len(lengths) == pytest.approx(shapes.REASONING.mean, abs=15)
+    share = sum(len(e.target) for e in rows.examples) / sum(lengths)
+    assert share == pytest.approx(shapes.TARGET_SHARE, abs=0.02)
 
 
 def numbers(content: Any) -> Iterator[float]:
