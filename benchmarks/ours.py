@@ -195,8 +195,7 @@ def whole_job(setting: Setting, held_out: Sequence[Example], config: TrainConfig
     layout = layout_of(setting, backbone)
     member = Member("text", SEED, LR)
     population = start([setting.rows], [member], config, plan(setting, config), setting.device)
-    names = [str(c) for c in range(len(setting.label_ids))]
-    hooks = Hooks(validate=validator(backbone, held_out, names, setting.label_ids, layout))
+    hooks = Hooks(validate=validator(backbone, held_out, setting.label_ids, layout))
     with prepared(backbone, setting.examples, population, config, layout.train) as ready:
         train(ready.engine, ready.segments, population, config, hooks)
     return {"engine": ready.name, "step_s": population.seconds}

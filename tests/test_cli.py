@@ -287,6 +287,8 @@ def test_a_population_keeps_its_best_and_every_member_is_an_adapter(
     assert cli("generate", folders[3], "my parcel")[0] == 0
     three_lines(cli(*train_args(model_folder, train_csv, tmp_path / "x"), "train.seed=[0,1]", "prompt.population=2"))
     three_lines(cli(*train_args(model_folder, train_csv, tmp_path / "x"), "train.engine=graph", "model.device=cpu"))
+    both = ["train.recompute=true", "train.engine=compile"]
+    three_lines(cli(*train_args(model_folder, train_csv, tmp_path / "x"), *both))
     assert not (tmp_path / "x").exists()
 
 

@@ -30,7 +30,7 @@ from foreword.training.loop import Hooks, train
 from foreword.training.passes import Reader
 from foreword.training.prepare import prepared
 from foreword.training.state import Population, make_plan, start
-from foreword.training.static import Static, as_it_is, choose_widths, cuda_recorder, flatten, view
+from foreword.training.static import Static, choose_widths, flatten, view
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EXAMPLES = [Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)]
@@ -154,7 +154,7 @@ def test_lists_that_make_no_population_are_refused(value: list[Any]) -> None:
 def test_static_shapes_train_as_plain_steps(family: str, layout: Layout, budget: int) -> None:
     backbone = tiny.backbone(family, torch.float64)
     found = []
-    for kind in (Eager, lambda *args: Static(*args, as_it_is)):
+    for kind in (Eager, lambda *args: Static(*args, captured=False)):
         population = begin(CONFIG)
         reader = Reader((5, 6), backbone.vocab_size, 4, CONFIG.batch_size, budget or 1000, layout)
         engine = kind(backbone, reader, CONFIG)
@@ -232,6 +232,17 @@ def test_compiled_layers_train_as_plain_steps(monkeypatch: pytest.MonkeyPatch) -
     assert all(layer._compiled_call_impl is None for layer in decoder_layers(backbone.model))
 
 
+def test_compiled_layers_run_plainly_without_gradients() -> None:
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = backbone.model(input_ids=ids).logits
+        with compiled_layers(backbone.model, backend="eager"):
+            torch._dynamo.utils.counters.clear()
+            assert torch.equal(backbone.model(input_ids=ids).logits, expected)
+            assert not torch._dynamo.utils.counters["frames"]["total"]
+
+
 def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
     original = prepare._make
@@ -283,7 +294,7 @@ def test_replayed_graphs_train_as_plain_steps(optimizer: str) -> None:
     backbone.model.to(CUDA)
     config = dataclasses.replace(CONFIG, epochs=8, optimizer=optimizer)
     found = []
-    for kind in (Eager, lambda *args: Static(*args, cuda_recorder())):
+    for kind in (Eager, lambda *args: Static(*args, captured=True)):
         population = begin(config, device=CUDA)
         engine = kind(backbone, Reader((5, 6), backbone.vocab_size, 4, 4, 1000, "packed"), config)
         segments = [dataclasses.replace(e.segment, context=e.context[2:]) for e in EXAMPLES]

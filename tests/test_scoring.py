@@ -9,7 +9,7 @@ import torch
 import tiny
 from foreword.backbone.choose import Layout
 from foreword.backbone.load import Backbone
-from foreword.evaluation.evaluate import no_prompt, pooled, run_rows, scores_of
+from foreword.evaluation.evaluate import no_prompt, pooled, run_rows, scores_of, validation_scores
 from foreword.evaluation.scoring import class_probabilities, classify, needs_end, score_branches
 from foreword.records import Example
 
@@ -65,6 +65,8 @@ def test_rows_scored_in_folds_pool_to_rows_scored_at_once() -> None:
     halves = [run_rows(backbone, empty, part, LABELS, "packed") for part in (examples[:2], examples[2:])]
     assert scores_of(pooled(halves), ["a", "b", "c"])["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     assert scores_of(pooled(halves), ["a", "b", "c"])["accuracy"] == whole["accuracy"]
+    brief = validation_scores(pooled(halves))
+    assert brief == pytest.approx({k: whole[k] for k in ("loss", "accuracy", "macro_f1")}, abs=1e-5)
 
 
 def test_free_text_is_scored_by_greedy_match_and_token_loss() -> None:

@@ -102,6 +102,12 @@ def _check_held_out(data: DataConfig) -> None:
 def _check_selection(recipe: Recipe) -> None:
     data, train = recipe.data, recipe.train
     _need(
+        not (train.recompute and train.engine == "compile"),
+        "train.recompute",
+        "train.recompute and train.engine=compile exclude each other",
+        "train.engine=auto",
+    )
+    _need(
         recipe.prompt.population == 1 or not isinstance(train.seed, tuple),
         "prompt.population",
         "prompt.population and a list in train.seed exclude each other",

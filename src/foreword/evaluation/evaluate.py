@@ -12,7 +12,7 @@ import torch
 from foreword.backbone.choose import Layout
 from foreword.backbone.generate import Sampling, generate
 from foreword.backbone.load import Backbone
-from foreword.evaluation.metrics import classification_scores, interval, token_loss
+from foreword.evaluation.metrics import classification_scores, interval, point_scores, token_loss
 from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
 from foreword.records import Example
 
@@ -102,6 +102,15 @@ def scores_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
         }
     scores["intervals"].update(loss.pop("intervals"))
     return {**scores, **loss}
+
+
+def validation_scores(outcome: Outcome) -> dict[str, float]:
+    """Loss over target tokens, and accuracy and macro-F1 or exact match: no intervals."""
+    loss = {"loss": -sum(outcome.logprobs) / sum(outcome.target_tokens)}
+    if outcome.probabilities is not None:
+        return {**loss, **point_scores(outcome.truth, outcome.probabilities)}
+    assert outcome.matches is not None
+    return {**loss, "exact_match": float(outcome.matches.mean())}
 
 
 def with_baselines(

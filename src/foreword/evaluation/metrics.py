@@ -108,6 +108,12 @@ def classification_scores(truth: Sequence[int], probabilities: Floats, classes: 
     }
 
 
+def point_scores(truth: Sequence[int], probabilities: Floats) -> dict[str, float]:
+    """Accuracy and macro-F1 alone, without intervals: what validation asks for every epoch."""
+    confusion = confusion_matrix(np.asarray(truth, dtype=np.int64), probabilities.argmax(1), probabilities.shape[1])
+    return {"accuracy": accuracy(confusion), "macro_f1": macro_f1(confusion)}
+
+
 def _per_class(classes: Sequence[str], confusion: Ints, bounds: Floats) -> dict[str, Any]:
     """Rows, precision, recall and F1 of each class; ``bounds`` is ``[2, C, 3]``."""
     table, names = precision_recall_f1(confusion), ("precision", "recall", "f1")

@@ -160,8 +160,7 @@ class _Job:
     def _train_on(self, folder: Path, examples: Sequence[Example], title: str) -> Trained:
         validate = None
         if self.validation and self.recipe.train.select != "last":
-            task = self.splits.task
-            validate = validator(self.backbone, self.validation, task.classes, self.encoder.label_ids, self.layout)
+            validate = validator(self.backbone, self.validation, self.encoder.label_ids, self.layout)
         return train_in(
             folder, self.backbone, self.first_rows, self.members, examples, self.recipe.train, self.layout,
             self.console, validate, title,

@@ -18,7 +18,7 @@ from foreword.backbone.choose import Choice
 from foreword.backbone.load import Backbone
 from foreword.backbone.memory import MB, Peak
 from foreword.config import Member, TrainConfig
-from foreword.evaluation.evaluate import run_rows, scores_of
+from foreword.evaluation.evaluate import run_rows, validation_scores
 from foreword.records import Example
 from foreword.training.checkpoint import read_checkpoint, write_checkpoint
 from foreword.training.loop import Event, Hooks, Validate, train
@@ -102,15 +102,13 @@ def _say(console: Console, line: str) -> None:
 def validator(
     backbone: Backbone,
     examples: Sequence[Example],
-    classes: Sequence[str],
     label_ids: Sequence[Sequence[int]],
     layout: Choice,
 ) -> Validate:
     """Scores rows ``[P, H]`` on validation examples."""
 
     def validate(rows: torch.Tensor) -> dict[str, float]:
-        scores = scores_of(run_rows(backbone, rows, examples, label_ids, layout.score), classes)
-        return {k: scores[k] for k in ("loss", "accuracy", "macro_f1", "exact_match") if k in scores}
+        return validation_scores(run_rows(backbone, rows, examples, label_ids, layout.score))
 
     return validate
 

@@ -80,5 +80,4 @@ def keep_on_device(optimizer: torch.optim.Optimizer) -> None:
         group["capturable"] = True
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
     for entry in optimizer.state.values():
-        if isinstance(entry.get("step"), torch.Tensor):
-            entry["step"] = entry["step"].to(device)
+        entry |= {k: v.to(device) for k, v in entry.items() if isinstance(v, torch.Tensor)}

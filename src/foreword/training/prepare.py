@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,10 +20,12 @@ from foreword.records import Example, Segment
 from foreword.training.engine import Eager, Engine, EngineName, accumulate, choose_engine, token_budget
 from foreword.training.passes import Reader
 from foreword.training.state import Population, State, start
-from foreword.training.static import Static, as_it_is, cuda_recorder
+from foreword.training.static import Static
 
 SHARE = 0.8
 """Of the free memory; the rest is for what is not measured here (scoring, graphs' own pools)."""
+AHEAD = 64
+"""Steps among which the largest is looked for."""
 TRIALS = 3
 """Steps an engine has to prove itself on: a real one, a captured one, a replayed one."""
 TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
@@ -59,6 +62,8 @@ def prepared(
         yield Prepared(Eager(backbone, reader, config), segments, "eager", notes)
         return
     with ExitStack() as stack:
+        if backbone.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(backbone.device))  # for streams and graphs
         if config.recompute:
             layers = stack.enter_context(recomputed_layers(backbone.model))
             notes.append(f"activations of {layers} layers are recomputed")
@@ -79,21 +84,21 @@ def prepared(
 def _make(name: EngineName, backbone: Backbone, reader: Reader, config: TrainConfig) -> Engine:
     if name == "eager":
         return Eager(backbone, reader, config)
-    return Static(backbone, reader, config, cuda_recorder() if backbone.device.type == "cuda" else as_it_is)
+    return Static(backbone, reader, config, captured=backbone.device.type == "cuda")
 
 
 def _name(
     backbone: Backbone, segments: Sequence[Segment], population: Population, config: TrainConfig, reader: Reader
 ) -> EngineName:
     """The engine's name, from what is still to do."""
-    states = population.training or population.states
-    plan = population.plan
+    states, plan = population.training, population.plan
     mean = sum(s.tokens for s in segments) / len(segments)
     lead = reader.virtual_tokens + len(reader.opening)
     tokens = round(len(states) * (lead + mean * min(plan.step_rows, plan.rows)))
     layers = len(decoder_layers(backbone.model)) or 1
     steps = plan.steps - population.step
-    return choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
+    name = choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
+    return "graph" if name == "compile" and config.recompute else name  # torch does not compile what it recomputes
 
 
 def _fitting(
@@ -125,8 +130,10 @@ def _trial(
     config: TrainConfig, reader: Reader,
 ) -> str:  # fmt: skip
     """Runs a few steps on copies of the members, by the engine and plainly; returns what is wrong, or nothing."""
-    states = population.training or population.states
-    batches = [[segments[i] for i in population.plan.batch(s.member.seed, population.step)] for s in states]
+    states, plan = population.training, population.plan
+    ahead = range(population.step, min(population.step + AHEAD, plan.steps))
+    steps = [[[segments[i] for i in plan.batch(s.member.seed, t)] for s in states] for t in ahead]
+    batches = max(steps, key=lambda step: sum(s.tokens for batch in step for s in batch))  # what could fail first
     losses = []
     try:
         for engine in (_make("eager", backbone, reader, config), _make(name, backbone, reader, config)):
@@ -134,6 +141,10 @@ def _trial(
             losses.append(torch.stack([engine.step().loss for _ in range(TRIALS)]).cpu())
     except (RuntimeError, torch.OutOfMemoryError, NotImplementedError) as e:
         return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
+    finally:
+        gc.collect()  # the trial's graphs and their memory, before others are captured
+        if backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
     expected, found = losses
     allowed = TOLERANCE.get(backbone.dtype, LOW_PRECISION)
     worst = float(((found - expected).abs() / expected.abs().clamp(min=0.1)).max())

@@ -88,11 +88,12 @@ class Static:
         backbone: the frozen model, its layers compiled or not.
         reader: how batches become passes.
         config: the optimisation.
-        record: makes work on static tensors replayable: ``cuda_recorder()``, or ``as_it_is``.
+        captured: record work as CUDA graphs; else the static shapes alone.
     """
 
-    def __init__(self, backbone: Backbone, reader: Reader, config: TrainConfig, record: Recorder) -> None:
-        self.backbone, self.reader, self.config, self.record = backbone, reader, config, record
+    def __init__(self, backbone: Backbone, reader: Reader, config: TrainConfig, captured: bool) -> None:
+        self.backbone, self.reader, self.config, self.captured = backbone, reader, config, captured
+        self.record: Recorder = as_it_is
         self.states: Sequence[State] = ()
         self.shapes: list[Shape] = []
         self.steps: deque[list[tuple[Shape, torch.Tensor, int]]] = deque()
@@ -147,7 +148,9 @@ class Static:
             for state in self.states:
                 state.optimizer.zero_grad(set_to_none=False)
 
-        whole = self.record is not as_it_is and all(capturable(s.optimizer) for s in states)
+        if self.captured:
+            self.record = cuda_recorder()  # the pool of the graphs before went with them
+        whole = self.captured and all(capturable(s.optimizer) for s in states)
         if whole:
             for state in states:
                 keep_on_device(state.optimizer)
@@ -166,11 +169,12 @@ class Static:
         return buffer, self.record(work)
 
     def _plan_shapes(self, found: Sequence[Shape]) -> None:
-        """Shapes for what the known ones do not hold."""
+        """Shapes for what the known ones do not hold: several at first, later one for all that is larger."""
         missing = [s for s in found if self._held(s) is None]
+        buckets = 1 if self.shapes else BUCKETS
         for rows in sorted({s.rows for s in missing}):
             mine = [s for s in missing if s.rows == rows]
-            widths = choose_widths([s.width for s in mine])
+            widths = choose_widths([s.width for s in mine], buckets)
             for low, width in zip([0, *widths], widths, strict=False):
                 targets = max(s.targets for s in mine if low < s.width <= width)
                 self.shapes.append(Shape(rows, width, -(-targets // MULTIPLE) * MULTIPLE))
