@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from foreword.records import Segment
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -40,50 +45,14 @@ class Packed:
         return replace(self, **moved)
 
 
-class _Row:
-    """One packed row while it is written."""
+@dataclass(frozen=True)
+class _Tree:
+    """One segment laid out by itself, counted from its own first token."""
 
-    def __init__(self, opening: Sequence[int], cached: int) -> None:
-        self.ids = list(opening)
-        self.start = cached + len(opening)
-        self.positions = list(range(cached, self.start))
-        self.ends = [0] * len(opening)  # known once all is written
-        self.keep: dict[int, int] = {}
-        self.place: list[int] = []
-        self.targets: list[int] = []
-
-    def add(self, segment: Segment) -> None:
-        """Writes a segment after what is there: its context, then its branches as a trie."""
-        first = len(self.ids)
-        self._feed(segment.context, self.start)
-        found: dict[int, list[int]] = {}
-        path: list[int] = []
-        stack: list[int] = []
-        below = self.start + len(segment.context)
-        last = len(self.ids) - 1
-        # Sorted, branches with a common beginning follow each other: the trie, depth first.
-        for b in sorted(range(len(segment.branches)), key=lambda b: segment.branches[b][:-1]):
-            fed = segment.branches[b][:-1]  # a branch's last token predicts nothing: never fed
-            common = _common(path, fed)
-            self._close(stack[common:])
-            new = range(len(self.ids), len(self.ids) + len(fed) - common)
-            self._feed(fed[common:], below + common)
-            path, stack = list(fed), [*stack[:common], *new]
-            found[b] = [last, *stack]
-        self._close(stack)
-        self._close(range(first, last + 1))
-        for b, branch in enumerate(segment.branches):
-            self.place += [self.keep.setdefault(at, len(self.keep)) for at in found[b]]
-            self.targets += branch
-
-    def _feed(self, ids: Sequence[int], position: int) -> None:
-        self.ids += ids
-        self.positions += range(position, position + len(ids))
-        self.ends += [0] * len(ids)
-
-    def _close(self, tokens: Sequence[int]) -> None:
-        for at in tokens:
-            self.ends[at] = len(self.ids)
+    block: Ints  # [3, n]; ids, positions, ends
+    keep: Ints  # [U]
+    place: Ints  # [M]
+    targets: Ints  # [M]
 
 
 def pack(rows: Sequence[tuple[Sequence[int], Sequence[Segment]]], cached: int = 0) -> Packed:
@@ -95,18 +64,58 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[Segment]]], cached: int = 
             opening, at least one token) and branches.
         cached: number of opening tokens in the cache, ``S``.
     """
-    written = [_written(opening, segments, cached) for opening, segments in rows]
-    width = max(len(row.ids) for row in written)
-    keep: list[int] = []
-    place: list[int] = []
-    for r, row in enumerate(written):
-        place += [len(keep) + p for p in row.place]
-        keep += [r * width + at for at in row.keep]
-    return Packed(
-        _padded([row.ids for row in written], width), torch.tensor(keep), torch.tensor(place),
-        torch.tensor([t for row in written for t in row.targets]),
-        _padded([row.positions for row in written], width), _padded([row.ends for row in written], width), cached,
-    )  # fmt: skip
+    trees = [[_laid_out(s) for s in segments] for _, segments in rows]
+    sizes = [len(rows[r][0]) + sum(t.block.shape[1] for t in mine) for r, mine in enumerate(trees)]
+    width = max(sizes)
+    grid = np.zeros((3, len(rows), width), dtype=np.int64)
+    nothing: Ints = np.zeros(0, dtype=np.int64)
+    keep, place, targets, used = [nothing], [nothing], [nothing], 0
+    for r, ((opening, _), mine) in enumerate(zip(rows, trees, strict=True)):
+        at = len(opening)
+        start = cached + at
+        grid[0, r, :at], grid[1, r, :at], grid[2, r, :at] = opening, range(cached, start), sizes[r]
+        for tree in mine:
+            end = at + tree.block.shape[1]
+            grid[:, r, at:end] = tree.block + np.array([[0], [start], [at]])
+            keep.append(tree.keep + (r * width + at))
+            place.append(tree.place + used)
+            targets.append(tree.targets)
+            at, used = end, used + len(tree.keep)
+    ids, positions, ends = map(torch.from_numpy, grid)
+    kept, places, wanted = (torch.from_numpy(np.concatenate(x)) for x in (keep, place, targets))
+    return Packed(ids, kept, places, wanted, positions, ends, cached)
+
+
+@lru_cache(maxsize=8192)  # a training set is laid out in every epoch
+def _laid_out(segment: Segment) -> _Tree:
+    """A segment's context, then its branches as a trie, depth first."""
+    length = len(segment.context)
+    ids, positions, ends = list(segment.context), list(range(length)), [0] * length
+    found: dict[int, list[int]] = {}
+    path: Sequence[int] = ()
+    stack: list[int] = []
+
+    def close(tokens: Sequence[int]) -> None:
+        for at in tokens:
+            ends[at] = len(ids)
+
+    # Sorted, branches with a common beginning follow each other.
+    for b in sorted(range(len(segment.branches)), key=lambda b: segment.branches[b][:-1]):
+        fed = segment.branches[b][:-1]  # a branch's last token predicts nothing: never fed
+        common = _common(path, fed)
+        close(stack[common:])
+        stack = [*stack[:common], *range(len(ids), len(ids) + len(fed) - common)]
+        ids += fed[common:]
+        positions += range(length + common, length + len(fed))
+        ends += [0] * (len(fed) - common)
+        path, found[b] = fed, [length - 1, *stack]
+    close(stack)
+    close(range(length))
+    keep: dict[int, int] = {}
+    place = [keep.setdefault(at, len(keep)) for b in range(len(segment.branches)) for at in found[b]]
+    targets = [t for branch in segment.branches for t in branch]
+    block, *lists = (np.array(x, dtype=np.int64) for x in ([ids, positions, ends], list(keep), place, targets))
+    return _Tree(block, *lists)
 
 
 def right_padded(rows: Sequence[tuple[Sequence[int], Sequence[Segment]]]) -> Packed:
@@ -185,14 +194,6 @@ def block_mask(row: Packed, window: int | None = None) -> Any:
         return seen | (k == q + s)
 
     return create_block_mask(sees, r, None, n, s + n, device=str(device))
-
-
-def _written(opening: Sequence[int], segments: Sequence[Segment], cached: int) -> _Row:
-    row = _Row(opening, cached)
-    for segment in segments:
-        row.add(segment)
-    row._close(range(len(opening)))
-    return row
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
