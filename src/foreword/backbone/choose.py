@@ -49,8 +49,9 @@ def choose_layout(
     kind = str(backbone.config.model_type)
     if getattr(backbone.model, "_is_stateful", False):
         return Choice("rows", "rows", f"{kind} is recurrent: right-padded rows")
-    # One branch each: whether the model heeds mask and positions shows between two segments.
-    sample = [Segment(s.context, s.branches[:1]) for s in sorted(segments, key=lambda s: s.tokens)[:2]]
+    # Whether the model heeds mask and positions shows between two neighbours: segments, or branches of the only one.
+    few = sorted(segments, key=lambda s: s.tokens)[:2]
+    sample = [Segment(s.context, s.branches[: 1 if len(few) > 1 else 2]) for s in few]
     reference = _evaluate(backbone, table, sample, _one_by_one, gradient)
     alibi = kind in ALIBI or bool(getattr(backbone.config, "alibi", False))
     if not alibi and _agrees(backbone, table, sample, packed_logprobs, reference):

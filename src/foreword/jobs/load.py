@@ -68,7 +68,7 @@ class Foreword:
             return []
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
-            layout = self._choose(Segment(contexts[0], label_ids[:4]))
+            layout = self._choose([Segment(c, label_ids) for c in contexts])
             table = classify(self.backbone, self.rows, contexts, label_ids, layout, progress)
         classes = self.task.classes
         return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
@@ -106,7 +106,7 @@ class Foreword:
         examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
-            layout = self._choose(Segment(examples[0].context, label_ids[:4] or (examples[0].target,)))
+            layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
             outcome = run_rows(self.backbone, self.rows, examples, label_ids, layout, progress)
             plain = run_rows(self.backbone, no_prompt(self.backbone), examples, label_ids, layout, progress)
         classes = self.task.classes
@@ -142,10 +142,10 @@ class Foreword:
         full = [{columns[0]: r} if isinstance(r, str) else r for r in rows]
         return self.encoder.contexts(rows_table(full))
 
-    def _choose(self, sample: Segment) -> Layout:
+    def _choose(self, rows: Sequence[Segment]) -> Layout:
         """The layout, proved once on the first rows this object sees."""
         if self._layout is None:
-            self._layout = choose_layout(self.backbone, self.rows, [sample], gradient=False).score
+            self._layout = choose_layout(self.backbone, self.rows, rows, gradient=False).score
         return self._layout
 
 
