@@ -6,16 +6,15 @@ figure is a median beside its spread.
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from foreword.backbone.memory import Peak
 
 T = TypeVar("T")
 
@@ -25,9 +24,6 @@ COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 SLOW = 1.0
 """Seconds. A processor without bf16 units would take half a minute for one product of 2048."""
 REPEATS = 5
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-RESET_PEAK = "5"
-"""What Linux takes in clear_refs to set VmHWM back to VmRSS (proc(5))."""
 
 
 def alternate(
@@ -91,39 +87,18 @@ def peak_memory(work: Callable[[], Any], device: torch.device, runs: int = 3) ->
     On CUDA what torch's allocator gave out; on Linux resident memory; elsewhere None. Never
     time such a call: on the CPU the allocator's free pages are given back before each.
     """
-    if device.type == "cuda":
-        return digits(statistics.median(_cuda_peak(work, device) for _ in range(runs)) / 1e6)
-    if not CLEAR_REFS.exists():
-        return None
-    return digits(statistics.median(_resident_peak(work) for _ in range(runs)) / 1e6)
+    sizes = [_peak(work, device) for _ in range(runs)]
+    known = [size for size in sizes if size is not None]
+    return digits(statistics.median(known) / 1e6) if known else None
 
 
-def _cuda_peak(work: Callable[[], Any], device: torch.device) -> int:
+def _peak(work: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes, by the meter that Foreword's own runs are measured with."""
     gc.collect()
-    synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    meter = Peak(device)
     work()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _resident_peak(work: Callable[[], Any]) -> int:
-    """Bytes of VmHWM after the call above VmRSS before it; pages kept by malloc would hide its needs."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-    if trim is not None:
-        trim(0)
-    CLEAR_REFS.write_text(RESET_PEAK)
-    before = _status_bytes("VmRSS")
-    work()
-    return max(_status_bytes("VmHWM") - before, 0)
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.M)
-    assert found
-    return int(found[1]) * 1024
+    return meter.size
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -179,7 +179,7 @@ def plan(setting: Setting, config: TrainConfig) -> Plan:
 
 def layout_of(setting: Setting, backbone: Backbone) -> Choice:
     """The layout Foreword chooses for these rows."""
-    sample = [Segment(e.context, setting.label_ids[:4] or (e.target,)) for e in setting.examples]
+    sample = [Segment(e.context, setting.label_ids or (e.target,)) for e in setting.examples]
     return choose_layout(backbone, setting.rows.to(setting.device), sample)
 
 

@@ -23,7 +23,7 @@ from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, no_prompt, pooled, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
-from foreword.jobs.training import Trained, train_in, validator
+from foreword.jobs.training import Trained, say, train_in, validator
 from foreword.prompts.initialisers import parse_init
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
@@ -168,8 +168,7 @@ class _Job:
 
     def _layout_sample(self) -> list[Segment]:
         """Rows as training and scoring will see them: all classes, or the own target."""
-        branches = self.encoder.label_ids[:4]
-        return [Segment(e.context, branches or (e.target,)) for e in self.examples]
+        return [Segment(e.context, self.encoder.label_ids or (e.target,)) for e in self.examples]
 
     def _label_counts(self) -> list[int]:
         """Training rows of each class, in the classes' order; empty for free text."""
@@ -189,7 +188,7 @@ class _Job:
             f"layout {self.layout.train}: {self.layout.reason}",
             f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}",
         ):
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line)
 
     def _introduce_members(self, population: Population) -> None:
         """What each member was and how it did, and by what the best was chosen."""
@@ -200,7 +199,7 @@ class _Job:
             mark = " (kept)" if k == population.best else ""
             value = -state.merit if by.endswith(("loss", "epoch")) else state.merit
             line = f"member {k:02} {state.member}: {by} {value:.4f}{mark}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, line)
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -68,7 +68,7 @@ def train_in(
     population = start(rows, members, config, make_plan(len(examples), config), backbone.device)
     if (checkpoint := read_checkpoint(folder)) is not None:
         population.restore(checkpoint)
-        _say(console, f"resumed after step {population.step} of {population.plan.steps}")
+        say(console, f"resumed after step {population.step} of {population.plan.steps}")
     metrics = MetricsFile(folder, population.metrics_bytes)
 
     def save(population: Population) -> None:
@@ -78,7 +78,7 @@ def train_in(
     try:
         with prepared(backbone, examples, population, config, layout.train) as ready:
             for note in ready.notes:
-                _say(console, note)
+                say(console, note)
             peak = Peak(backbone.device)
             with Display(console, title).showing() as display, interruptible() as interrupted:
 
@@ -95,7 +95,8 @@ def train_in(
     return trained
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is, however long."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -90,10 +90,10 @@ def accumulate(backbone: Backbone, states: Sequence[State], part: Pass, config: 
     """Forward and backward of one pass; returns each member's share of its loss ``[K]``."""
     rows: list[torch.Tensor] = [s.rows for s in states]
     table = torch.cat(rows) if len(rows) > 1 else rows[0]
-    device = backbone.device
+    part = part.to(backbone.device)
     with VirtualTokens(backbone.embedding, table), _autocast(backbone, config):
         logprobs = run(backbone, part.row)
-    losses = Pass(part.row, part.owner.to(device), part.count.to(device)).losses(logprobs, len(states))
+    losses = part.losses(logprobs, len(states))
     losses.sum().backward()  # type: ignore[no-untyped-call]
     return losses.detach()
 

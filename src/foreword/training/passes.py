@@ -37,6 +37,10 @@ class Pass:
     owner: torch.Tensor  # [M]; whose loss a target belongs to
     count: torch.Tensor  # [M]; targets of the owner's whole step
 
+    def to(self, device: torch.device) -> Pass:
+        """The same on a device."""
+        return Pass(self.row.to(device), self.owner.to(device), self.count.to(device))
+
     @property
     def shape(self) -> Shape:
         """Its sizes."""
