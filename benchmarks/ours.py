@@ -20,8 +20,11 @@ from foreword.config import DataConfig, Member, ModelConfig, PromptConfig, Train
 from foreword.data.encode import common_opening
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import read_splits
-from foreword.jobs.prepare import initial_rows, make_encoder
+from foreword.jobs.prepare import first_method, make_encoder
 from foreword.jobs.training import validator
+from foreword.prompts.methods.base import Start
+from foreword.prompts.methods.prompt_tuning import PromptTuning
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 from foreword.training.engine import Eager, token_budget
 from foreword.training.loop import Hooks, train
@@ -66,8 +69,28 @@ class Setting:
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """Tokens that all contexts begin with."""
+        """Tokens that all contexts begin with, behind the virtual ones."""
         return common_opening([e.context for e in self.examples])
+
+    @property
+    def virtual(self) -> range:
+        """Ids of the virtual tokens."""
+        first = self.backbone.vocab_size
+        return range(first, first + len(self.rows))
+
+    def placed(self, example: Example) -> tuple[int, ...]:
+        """The example's context with the virtual tokens in front."""
+        return (*self.virtual, *example.context)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The training rows as Foreword reads them."""
+        return [Segment(self.placed(e), (e.target,)) for e in self.examples]
+
+    @property
+    def method(self) -> PromptTuning:
+        """Prompt tuning from the first rows."""
+        return PromptTuning(Start(self.rows), PromptConfig(), torch.Generator())
 
     @property
     def steps(self) -> int:
@@ -83,8 +106,9 @@ def load(model: str, device: str, dtype: str) -> Backbone:
 def prepare(backbone: Backbone, data: str, text: str, label: str, virtual_tokens: int, epochs: int) -> Setting:
     """Reads and encodes the rows of ``data`` with the guide's template."""
     splits = read_splits(DataConfig(path=data, template=template(text), label=label))
-    encoder = make_encoder(splits.task, backbone, virtual_tokens)
-    rows = initial_rows(PromptConfig(virtual_tokens), splits.task, encoder, backbone, "text", SEED)
+    encoder = make_encoder(splits.task, backbone, virtual_tokens, kind="prefix")  # contexts without virtual ids
+    config = PromptConfig(virtual_tokens=virtual_tokens)
+    rows = first_method(config, splits.task, encoder, backbone, Member("text", SEED, LR), None)().detach()
     return Setting(backbone, tuple(encoder.examples(splits.train)), tuple(encoder.label_ids), rows, epochs)
 
 
@@ -99,12 +123,13 @@ class Foreword:
     name = "foreword"
 
     def __init__(self, setting: Setting) -> None:
-        self.backbone, self.opening, self.dtype = setting.backbone, setting.opening, setting.dtype
+        self.setting, self.backbone = setting, setting.backbone
+        self.opening, self.dtype = (*setting.virtual, *setting.opening), setting.dtype
         self.virtual_tokens = len(setting.rows)
         self.config = TrainConfig(epochs=setting.epochs)
         self.layout = layout_of(setting, self.backbone)
         member = Member("text", SEED, LR)
-        self.states = start([setting.rows], [member], self.config, plan(setting, self.config), setting.device).states
+        self.states = start([setting.method], [member], self.config, plan(setting, self.config), setting.device).states
         budget = token_budget(self.config, setting.device)
         base, batch = self.backbone.vocab_size, self.config.batch_size
         reader = Reader(self.opening, base, self.virtual_tokens, batch, budget, self.layout.train)
@@ -112,15 +137,15 @@ class Foreword:
 
     def step(self, batch: Batch) -> float:
         """Loss of one optimiser step."""
-        segments = [Segment(e.context[len(self.opening) :], (e.target,)) for e in batch]
+        segments = [Segment(self.setting.placed(e)[len(self.opening) :], (e.target,)) for e in batch]
         self.engine.load(self.states, [[segments]])
         return float(self.engine.step().loss)
 
     def score(self, batches: Sequence[Batch], label_ids: LabelIds) -> list[int]:
         """The likeliest class of every row, all rows in one call."""
-        contexts = [e.context for batch in batches for e in batch]
-        rows = self.states[0].rows.detach()
-        probabilities = classify(self.backbone, rows, contexts, label_ids, self.layout.score)
+        contexts = [self.setting.placed(e) for batch in batches for e in batch]
+        prompt = self.states[0].method.soft_prompt()
+        probabilities = classify(self.backbone, prompt, contexts, label_ids, self.layout.score)
         return [int(c) for c in probabilities.argmax(1)]
 
 
@@ -144,11 +169,11 @@ class Members:
         backbone = own_copy(setting.backbone) if own else setting.backbone
         self.plan = plan(setting, config)
         members = [Member("text", SEED + k, LR) for k in range(count)]
-        self.population = start([setting.rows] * count, members, config, self.plan, setting.device)
+        self.population = start([setting.method] * count, members, config, self.plan, setting.device)
         self.layout = layout_of(setting, backbone).train
         began = time.perf_counter()
         self.ready: Prepared = stack.enter_context(
-            prepared(backbone, setting.examples, self.population, config, self.layout)
+            prepared(backbone, setting.segments, self.population, config, self.layout)
         )
         self.prepare_s = time.perf_counter() - began
 
@@ -179,8 +204,8 @@ def plan(setting: Setting, config: TrainConfig) -> Plan:
 
 def layout_of(setting: Setting, backbone: Backbone) -> Choice:
     """The layout Foreword chooses for these rows."""
-    sample = [Segment(e.context, setting.label_ids or (e.target,)) for e in setting.examples]
-    return choose_layout(backbone, setting.rows.to(setting.device), sample)
+    sample = [Segment(setting.placed(e), setting.label_ids or (e.target,)) for e in setting.examples]
+    return choose_layout(backbone, SoftPrompt(setting.rows.to(setting.device)), sample)
 
 
 def whole_job(setting: Setting, held_out: Sequence[Example], config: TrainConfig) -> dict[str, Any]:
@@ -194,8 +219,9 @@ def whole_job(setting: Setting, held_out: Sequence[Example], config: TrainConfig
     backbone = setting.backbone
     layout = layout_of(setting, backbone)
     member = Member("text", SEED, LR)
-    population = start([setting.rows], [member], config, plan(setting, config), setting.device)
+    population = start([setting.method], [member], config, plan(setting, config), setting.device)
+    held_out = [replace(e, context=setting.placed(e)) for e in held_out]
     hooks = Hooks(validate=validator(backbone, held_out, setting.label_ids, layout))
-    with prepared(backbone, setting.examples, population, config, layout.train) as ready:
+    with prepared(backbone, setting.segments, population, config, layout.train) as ready:
         train(ready.engine, ready.segments, population, config, hooks)
     return {"engine": ready.name, "step_s": population.seconds}

@@ -22,10 +22,11 @@ from safetensors.torch import save
 
 from foreword.artifact import atomic
 from foreword.artifact import folder as adapter_folder
-from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, TENSOR, WEIGHTS, peft_config, read_adapter, write_adapter
+from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, TENSOR, WEIGHTS, read_adapter, write_adapter
 from foreword.artifact.lock import run_folder
+from foreword.artifact.peft_types import TYPES, peft_config
 from foreword.artifact.sidecar import SIDECAR, Sidecar
-from foreword.config import Recipe
+from foreword.config import PromptConfig, Recipe
 from foreword.errors import ForewordError
 from foreword.records import Task
 
@@ -44,9 +45,14 @@ def some_rows(p: int = 3, h: int = 8) -> torch.Tensor:
     return torch.randn(p, h, generator=torch.Generator().manual_seed(0))
 
 
+def config_of(rows: torch.Tensor) -> dict[str, Any]:
+    more: dict[str, Any] = {"base": "user/base", "revision": None, "prompt": PromptConfig()}
+    return peft_config("PROMPT_TUNING", {TENSOR: rows}, model_config=MODEL, **more)
+
+
 def written(folder: Path, rows: torch.Tensor | None = None, sidecar: Sidecar | None = None, **more: Any) -> Path:
     rows = some_rows() if rows is None else rows
-    write_adapter(folder, rows, {**peft_config(rows, MODEL, "user/base", None, None), **more}, sidecar)
+    write_adapter(folder, {TENSOR: rows}, {**config_of(rows), **more}, sidecar)
     return folder
 
 
@@ -74,8 +80,8 @@ def test_rows_config_and_sidecar_come_back_bit_for_bit(shape: tuple[int, int], d
     with tempfile.TemporaryDirectory() as place:
         folder = written(Path(place), rows, SIDE)
         found = read_adapter(folder)
-        assert bits(found.rows) == bits(rows)
-        assert found.config == peft_config(rows, MODEL, "user/base", None, None)
+        assert bits(found.prompt.values) == bits(rows)
+        assert found.config == config_of(rows)
         assert found.sidecar == SIDE
 
 
@@ -93,21 +99,19 @@ def test_eight_tokens_of_width_1024_take_32888_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rows_of_any_float_type_are_stored_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    rows = some_rows().to(dtype)
-    found = read_adapter(written(tmp_path, rows)).rows
-    assert found.dtype == torch.float32
-    assert torch.equal(found, rows.float())
+    found = read_adapter(written(tmp_path, some_rows().to(dtype))).tensors[TENSOR]
+    assert (found.dtype, found.tolist()) == (torch.float32, some_rows().to(dtype).tolist())
 
 
 def test_rows_that_are_a_view_or_need_gradients_are_stored_whole(tmp_path: Path) -> None:
     rows = some_rows(8, 3).requires_grad_().T
-    assert torch.equal(read_adapter(written(tmp_path, rows)).rows, rows.detach())
+    assert torch.equal(read_adapter(written(tmp_path, rows)).prompt.values, rows.detach())
 
 
 def test_unknown_config_keys_survive_a_re_save(tmp_path: Path) -> None:
     first = written(tmp_path / "a", zebra={"of": "another tool"}, alpha="größer")
     found = read_adapter(first)
-    write_adapter(tmp_path / "b", found.rows, found.config, found.sidecar)
+    write_adapter(tmp_path / "b", found.tensors, found.config, found.sidecar)
     assert (tmp_path / "b" / CONFIG).read_bytes() == (first / CONFIG).read_bytes()
     assert read_adapter(tmp_path / "b").config["zebra"] == {"of": "another tool"}
     keys = list(json.loads((first / CONFIG).read_text()))
@@ -117,7 +121,7 @@ def test_unknown_config_keys_survive_a_re_save(tmp_path: Path) -> None:
 def test_the_sidecar_survives_a_re_save_byte_for_byte(tmp_path: Path) -> None:
     first = written(tmp_path / "a", sidecar=SIDE)
     found = read_adapter(first)
-    write_adapter(tmp_path / "b", found.rows, found.config, found.sidecar)
+    write_adapter(tmp_path / "b", found.tensors, found.config, found.sidecar)
     assert (tmp_path / "b" / SIDECAR).read_bytes() == (first / SIDECAR).read_bytes()
 
 
@@ -179,10 +183,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "no adapter_config.json"),
     "config cut": (cut(CONFIG, 0.5), "not JSON"),
     "config in UTF-16": (lambda f: (f / CONFIG).write_bytes("{}".encode("utf-16")), "not JSON"),
-    "config is a list": (with_config("[1]"), "PROMPT_TUNING"),
+    "config is a list": (with_config("[1]"), "type is None; read are PROMPT_TUNING, P_TUNING"),
     "config is nested too deeply": (with_config("[" * 100_000), "not JSON"),
-    "another peft type": (changed_config(peft_type="LORA"), "LORA, not PROMPT_TUNING"),
+    "another peft type": (changed_config(peft_type="LORA"), f"LORA; read are {', '.join(TYPES)}"),
     "no peft type": (changed_config(peft_type=None), "PROMPT_TUNING"),
+    "a list for a peft type": (changed_config(peft_type=["CPT"]), "PROMPT_TUNING"),
+    "trained modules of the model": (changed_config(modules_to_save=["lm_head"]), "trained modules"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no weights"),
     "weights are a folder": (as_folder(WEIGHTS), "no weights"),
     "weights cut in the values": (cut(WEIGHTS, 0.9), "truncated"),
@@ -250,12 +256,12 @@ def legacy(folder: Path) -> Path:
 
 def test_a_legacy_file_of_torch_save_is_read(tmp_path: Path) -> None:
     torch.save({TENSOR: some_rows()}, legacy(tmp_path))
-    assert torch.equal(read_adapter(tmp_path).rows, some_rows())
+    assert torch.equal(read_adapter(tmp_path).prompt.values, some_rows())
 
 
 def test_safetensors_is_preferred_to_a_legacy_file(tmp_path: Path) -> None:
     torch.save({TENSOR: some_rows() + 1}, written(tmp_path) / LEGACY_WEIGHTS)
-    assert torch.equal(read_adapter(tmp_path).rows, some_rows())
+    assert torch.equal(read_adapter(tmp_path).prompt.values, some_rows())
 
 
 class Malice:
@@ -302,7 +308,7 @@ def test_a_legacy_file_holding_a_sparse_tensor_is_refused(tmp_path: Path) -> Non
 
 def test_rows_saved_as_a_parameter_come_back_without_a_gradient(tmp_path: Path) -> None:
     torch.save({TENSOR: torch.nn.Parameter(some_rows())}, legacy(tmp_path))
-    assert not read_adapter(tmp_path).rows.requires_grad
+    assert not read_adapter(tmp_path).prompt.values.requires_grad
 
 
 def test_a_legacy_file_holding_no_dictionary_is_refused(tmp_path: Path) -> None:
@@ -329,7 +335,7 @@ def test_a_failed_write_leaves_the_old_files_whole(tmp_path: Path, file: str, mo
 
     monkeypatch.setattr(adapter_folder, "write_atomic", write)
     with pytest.raises(ForewordError, match="No space left"):
-        write_adapter(tmp_path, before.rows, before.config, before.sidecar)
+        write_adapter(tmp_path, before.tensors, before.config, before.sidecar)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == contents
 
 
@@ -387,8 +393,5 @@ def test_a_shared_recipe_names_files_without_their_folders(tmp_path: Path) -> No
     (tmp_path / "recipe.yaml").write_text(to_yaml(merge(Recipe(), nested, "test")))
     (tmp_path / "shared.yaml").write_bytes(_without_folders(tmp_path / "recipe.yaml"))
     shared = load_recipe(tmp_path / "shared.yaml")
-    assert (shared.data.path, shared.data.eval_path, shared.model.id) == (
-        "train.csv",
-        "user/tweets:config",
-        "maker/model",
-    )
+    found = (shared.data.path, shared.data.eval_path, shared.model.id)
+    assert found == ("train.csv", "user/tweets:config", "maker/model")

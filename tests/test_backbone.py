@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from foreword.backbone.generate import Sampling, generate, stream
 from foreword.backbone.load import choose_device, load_backbone
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
+from foreword.prompts.soft import SoftPrompt
 
 GENERATING = ["llama-gqa", "gpt2", "gpt-neox", "bloom", "gemma3", "mistral-window", "opt"]
 
@@ -74,15 +76,15 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         choose_device("abacus")
 
 
-def rows_of(backbone: object, count: int) -> torch.Tensor:
-    return torch.randn(count, tiny.HIDDEN, generator=torch.Generator().manual_seed(3))
+def rows_of(backbone: object, count: int) -> SoftPrompt:
+    return SoftPrompt(torch.randn(count, tiny.HIDDEN, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.parametrize("family", GENERATING)
 def test_generation_does_not_depend_on_the_batch(family: str) -> None:
     backbone = tiny.backbone(family, torch.float32)
     table = rows_of(backbone, 4)
-    contexts = [(5, 6, 7), (8,), tuple(range(40, 60)), (9, 10, 11, 12)]
+    contexts = tiny.front([(5, 6, 7), (8,), tuple(range(40, 60)), (9, 10, 11, 12)], 4)
     sampling = Sampling(max_new_tokens=12)
     together = generate(backbone, table, contexts, sampling)
     assert together == [generate(backbone, table, [c], sampling)[0] for c in contexts]
@@ -96,11 +98,11 @@ def test_greedy_text_equals_a_plain_loop(family: str) -> None:
     expected: list[int] = []
     for _ in range(8):
         text = backbone.embedding(torch.tensor([[*context, *expected]]))
-        logits = backbone.model(inputs_embeds=torch.cat([table[None], text], 1), use_cache=False).logits
+        logits = backbone.model(inputs_embeds=torch.cat([table.values[None], text], 1), use_cache=False).logits
         expected.append(int(logits[0, -1].argmax()))
     if 0 in expected:
         expected = expected[: expected.index(0)]
-    assert generate(backbone, table, [context], Sampling(max_new_tokens=8))[0] == expected
+    assert generate(backbone, table, tiny.front([context], 4), Sampling(max_new_tokens=8))[0] == expected
 
 
 def test_sampling_is_a_function_of_its_seed_and_leaves_the_global_generator_alone() -> None:
@@ -108,27 +110,37 @@ def test_sampling_is_a_function_of_its_seed_and_leaves_the_global_generator_alon
     table = rows_of(backbone, 2)
     before = torch.random.get_rng_state()
     hot = Sampling(max_new_tokens=10, temperature=5.0, seed=1)
-    first = generate(backbone, table, [(5, 6)], hot)
-    assert first == generate(backbone, table, [(5, 6)], hot)
-    assert first != generate(backbone, table, [(5, 6)], Sampling(max_new_tokens=10, temperature=5.0, seed=2))
+    first = generate(backbone, table, tiny.front([(5, 6)], 2), hot)
+    assert first == generate(backbone, table, tiny.front([(5, 6)], 2), hot)
+    assert first != generate(backbone, table, tiny.front([(5, 6)], 2), dataclasses.replace(hot, seed=2))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_repetition_penalty_never_indexes_past_the_vocabulary() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
-    out = generate(backbone, rows_of(backbone, 3), [(5, 6)], Sampling(max_new_tokens=8, repetition_penalty=50.0))
+    out = generate(
+        backbone, rows_of(backbone, 3), tiny.front([(5, 6)], 3), Sampling(max_new_tokens=8, repetition_penalty=50.0)
+    )
     assert len(set(out[0])) == len(out[0]), "a penalty of 50 forbids any repetition here"
+
+
+def test_repetition_penalty_does_not_depend_on_the_batch() -> None:
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    prompt, sampling = rows_of(backbone, 3), Sampling(max_new_tokens=8, repetition_penalty=1.3)
+    contexts = tiny.front([(5, 6), tuple(range(40, 60))], 3)
+    assert generate(backbone, prompt, contexts, sampling)[0] == generate(backbone, prompt, contexts[:1], sampling)[0]
 
 
 def test_streamed_pieces_are_the_generated_text() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
     table, sampling = rows_of(backbone, 3), Sampling(max_new_tokens=12)
-    whole = backbone.tokenizer.decode(generate(backbone, table, [(40, 41)], sampling)[0])
-    pieces = list(stream(backbone, table, (40, 41), sampling))
+    (context,) = tiny.front([(40, 41)], 3)
+    whole = backbone.tokenizer.decode(generate(backbone, table, [context], sampling)[0])
+    pieces = list(stream(backbone, table, context, sampling))
     assert "".join(pieces) == whole
 
 
 def test_a_failure_while_streaming_reaches_the_reader() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
     with pytest.raises(IndexError):
-        list(stream(backbone, rows_of(backbone, 2), (10**6 + 1,), Sampling(max_new_tokens=2)))
+        list(stream(backbone, rows_of(backbone, 2), (-(10**6),), Sampling(max_new_tokens=2)))

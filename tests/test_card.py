@@ -158,7 +158,7 @@ def test_facts_that_are_not_there_are_not_listed(unscored: Path) -> None:
 
 def test_the_instructions_predict(scored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_block(card_of(scored), 0, scored)
-    assert names["task"].rows.equal(read_adapter(scored).rows)
+    assert names["task"].prompt.values.equal(read_adapter(scored).prompt.values)
     assert "Prediction(label=" in capsys.readouterr().out
 
 
@@ -173,7 +173,7 @@ def test_the_instructions_for_peft_load_it(kind: str, request: pytest.FixtureReq
     run = request.getfixturevalue(kind)
     model = run_block(card_of(run), 1, run)["model"]
     assert type(model) is peft.PeftModelForCausalLM
-    assert peft.get_peft_model_state_dict(model)[TENSOR].equal(read_adapter(run).rows)
+    assert peft.get_peft_model_state_dict(model)[TENSOR].equal(read_adapter(run).prompt.values)
 
 
 def test_the_instructions_for_peft_name_the_hub_base(scored: Path) -> None:
@@ -203,5 +203,8 @@ def test_markdown_in_names_stays_text(scored: Path) -> None:
 
 
 def test_the_size_is_that_of_the_rows(scored: Path) -> None:
-    assert f"4 virtual tokens of width {tiny.HIDDEN} for the frozen model `{HUB_BASE}`" in card_for(scored)
+    assert (
+        f"4 virtual tokens (rows at the embedding, {tiny.HIDDEN} wide) for the frozen model `{HUB_BASE}`"
+        in card_for(scored)
+    )
     assert f"on {len(ROWS)} rows" in card_for(scored)

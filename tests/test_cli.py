@@ -176,7 +176,15 @@ BAD = {
     "unknown key": (["train.lrr=1"], "unknown key", "train.lr"),
     "wrong type": (["train.epochs=many"], "not a whole number", ""),
     "unknown initialiser": (["prompt.init=txet"], "unknown initialiser", "text"),
-    "no virtual tokens": (["prompt.virtual_tokens=0"], "must be more than 0", ""),
+    "no virtual tokens": (["prompt.virtual_tokens=-1"], "must not be negative", ""),
+    "nothing says how many": (["prompt.virtual_tokens=0", "prompt.init=random"], "how many virtual tokens", "number"),
+    "unknown method": (["prompt.method=prefix"], "unknown method", "prefix-tuning"),
+    "two placements": (["data.template={soft:2}{Tweet text} :", "prompt.placement=end"], "says it too", "one of them"),
+    "a prefix in the text": (
+        ["prompt.method=prefix-tuning", "prompt.placement=end"],
+        "before everything",
+        "prompt-tuning",
+    ),
     "beyond the window": (["prompt.virtual_tokens=600"], "leave no room", "below 511"),
     "unknown optimiser": (["train.optimizer=adamm"], "unknown optimiser", "adam"),
     "unknown recipe": (["twiter-complaints"], "no recipe", "twitter-complaints"),
@@ -260,7 +268,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
 def test_every_key_has_help(cli: Cli) -> None:
     code, out, _ = cli("train", "--help-keys")
     assert code == 0
-    assert "train.lr=0.03\n    Learning rate." in out
+    assert "train.lr=0.0\n    Learning rate" in out
 
 
 def test_a_population_keeps_its_best_and_every_member_is_an_adapter(

@@ -270,8 +270,8 @@ def test_counts_must_be_at_least_one(key: str, value: int) -> None:
     assert (error.where, error.what) == (f"key {key}", f"{key} must be more than 0, not {value}")
 
 
-@pytest.mark.parametrize("value", ["0", "-0.1"])
-def test_the_learning_rate_must_be_positive(value: str) -> None:
+@pytest.mark.parametrize("value", ["-1", "-0.1"])
+def test_the_learning_rate_must_not_be_negative(value: str) -> None:
     assert refused(f"train.lr={value}").where == "key train.lr"
 
 

@@ -25,6 +25,7 @@ from foreword.backbone.load import Backbone, load_backbone
 from foreword.backbone.virtual import VirtualTokens
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
 
 PACKING = ["llama-gqa", "gpt2", "gpt-neox", "gemma3", "gemma2", "mistral-window", "qwen3", "opt", "gptj"]
@@ -35,6 +36,8 @@ SEGMENTS = [
     Segment((40,), ((10, 11, 0), (10, 13, 0), (12, 0))),
     Segment(tuple(range(50, 72)), ((10, 11, 0), (10, 13, 0), (12, 0))),
 ]
+
+IN_FRONT = [Segment(c, s.branches) for s in SEGMENTS for c in tiny.front([s.context], 5)]
 
 
 def plain(
@@ -160,7 +163,7 @@ def test_a_cached_opening_changes_nothing(family: str, virtual_tokens: int) -> N
 )
 def test_each_family_gets_its_layout(family: str, train: str, score: str) -> None:
     backbone = tiny.backbone(family, torch.float32)
-    choice = choose_layout(backbone, table_of(backbone).detach().float(), SEGMENTS)
+    choice = choose_layout(backbone, SoftPrompt(table_of(backbone).detach().float()), IN_FRONT)
     assert (choice.train, choice.score) == (train, score), choice.reason
 
 
@@ -169,7 +172,7 @@ def test_a_model_that_ignores_the_mask_is_found_out(count: int) -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
     forward = backbone.model.model.forward
     backbone.model.model.forward = lambda *a, attention_mask=None, **k: forward(*a, **k)
-    choice = choose_layout(backbone, table_of(backbone).detach().float(), SEGMENTS[:count])
+    choice = choose_layout(backbone, SoftPrompt(table_of(backbone).detach().float()), IN_FRONT[:count])
     assert choice.train == "rows"
     assert "does not take a packed row" in choice.reason
 

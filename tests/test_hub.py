@@ -76,7 +76,7 @@ def rows_and_predictions(path_or_id: str, revision: str | None) -> tuple[list[An
 
     os.environ["HF_TOKEN"] = TOKEN
     loaded = foreword.load(path_or_id, revision=revision)
-    return loaded.rows.tolist(), [(p.label, dict(p.probabilities)) for p in loaded.predict(TEXTS)]
+    return loaded.prompt.values.tolist(), [(p.label, dict(p.probabilities)) for p in loaded.predict(TEXTS)]
 
 
 def read_split(name: str, split: str, revision: str | None) -> tuple[list[Any], dict[str, Any]]:
@@ -206,7 +206,7 @@ def test_a_pushed_run_loads_by_its_hub_id_and_predicts_the_same(hub: HubServer, 
     assert f"{hub.url}/user/complaints/commit/" in result.out
     here, there = (client.call(rows_and_predictions, p, None) for p in (str(run), "user/complaints"))
     assert here == there
-    assert here[0] == read_adapter(run).rows.tolist()
+    assert here[0] == read_adapter(run).prompt.values.tolist()
 
 
 def test_only_the_files_that_make_the_adapter_are_shared(hub: HubServer, client: Client, run: Path) -> None:
@@ -278,7 +278,7 @@ def test_pushing_again_goes_on_in_the_same_repository(hub: HubServer, client: Cl
 
 
 def test_a_pickled_adapter_is_shared_as_safetensors(hub: HubServer, client: Client, run: Path, tmp_path: Path) -> None:
-    torch.save({TENSOR: read_adapter(run).rows}, tmp_path / LEGACY_WEIGHTS)
+    torch.save({TENSOR: read_adapter(run).prompt.values}, tmp_path / LEGACY_WEIGHTS)
     (tmp_path / CONFIG).write_bytes((run / CONFIG).read_bytes())
     assert client.cli("push", tmp_path, "user/legacy").code == 0
     repo = hub.repos["models/user/legacy"]

@@ -11,8 +11,9 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "foreword"
 LAYERS = [
-    {"errors", "config", "recipe", "checks", "records", "hub_errors"},
+    {"errors", "config", "recipe", "records", "hub_errors"},
     {"data"},
+    {"checks"},
     {"prompts"},
     {"backbone"},
     {"artifact"},

@@ -11,10 +11,11 @@ import torch
 import foreword
 import tiny
 from conftest import ROWS
-from foreword.artifact.folder import peft_config, write_adapter
+from foreword.artifact.folder import write_adapter
+from foreword.artifact.peft_types import peft_config
 from foreword.backbone.generate import Sampling
 from foreword.backbone.load import load_backbone
-from foreword.config import ModelConfig
+from foreword.config import ModelConfig, PromptConfig
 from foreword.errors import ForewordError
 from foreword.jobs.prepare import memory_explained
 
@@ -93,8 +94,11 @@ def test_label_words_and_template_can_be_given_to_an_adapter_without_a_sidecar(
 
 def test_a_soft_prompt_of_another_width_is_refused_naming_both(model_folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(ModelConfig(str(model_folder)))
-    rows = torch.zeros(3, 2 * tiny.HIDDEN)
-    write_adapter(tmp_path / "wide", rows, peft_config(rows, backbone.config, "maker/wide", None, None), None)
+    tensors = {"prompt_embeddings": torch.zeros(3, 2 * tiny.HIDDEN)}
+    config = peft_config(
+        "PROMPT_TUNING", tensors, model_config=backbone.config, base="maker/wide", revision=None, prompt=PromptConfig()
+    )
+    write_adapter(tmp_path / "wide", tensors, config, None)
     with pytest.raises(ForewordError, match="64 wide, the backbone 32") as caught:
         foreword.load(tmp_path / "wide", model=str(model_folder), force=True)
     assert "maker/wide" in caught.value.where

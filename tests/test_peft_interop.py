@@ -16,21 +16,21 @@ import tiny
 from foreword.artifact.folder import (
     CONFIG,
     LEGACY_WEIGHTS,
-    PEFT_VERSION,
     TENSOR,
     WEIGHTS,
     Adapter,
-    peft_config,
     read_adapter,
     write_adapter,
 )
+from foreword.artifact.peft_types import PEFT_VERSION, peft_config
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import choose_layout
 from foreword.backbone.load import Backbone
 from foreword.backbone.virtual import VirtualTokens
 from foreword.config import Member, PromptConfig, TrainConfig
-from foreword.jobs.prepare import initial_rows, make_encoder
-from foreword.records import Example, Segment, Task
+from foreword.jobs.prepare import first_method, make_encoder
+from foreword.prompts.soft import SoftPrompt
+from foreword.records import Example, Task
 from foreword.training.loop import Event, Hooks, train
 from foreword.training.prepare import prepared
 from foreword.training.state import epoch_order, make_plan, start
@@ -74,8 +74,16 @@ def peft_logits(model: Any) -> Any:
 def our_folder(folder: Path, base: Path, init_text: str | None = None, sidecar: Sidecar | None = SIDE) -> Adapter:
     backbone = _loaded(base)
     rows = torch.randn(5, backbone.hidden_size, generator=torch.Generator().manual_seed(3))
-    write_adapter(folder, rows, peft_config(rows, backbone.config, str(base), None, init_text), sidecar)
+    tensors = {TENSOR: rows}
+    write_adapter(folder, tensors, config_of(tensors, base, init_text), sidecar)
     return read_adapter(folder)
+
+
+def config_of(tensors: dict[str, torch.Tensor], base: Path, init_text: str | None) -> dict[str, Any]:
+    return peft_config(
+        "PROMPT_TUNING", tensors, model_config=_loaded(base).config, base=str(base), revision=None,
+        prompt=PromptConfig(), init_text=init_text,
+    )  # fmt: skip
 
 
 def peft_model(base: Path, init: str = "TEXT", tokens: int = 5) -> Any:
@@ -104,13 +112,13 @@ def test_the_installed_peft_is_the_version_our_files_name() -> None:
 def test_peft_reads_our_folder_and_computes_our_logits(base: Path, tmp_path: Path, sidecar: Sidecar | None) -> None:
     ours = our_folder(tmp_path, base, sidecar=sidecar)
     theirs = peft.PeftModel.from_pretrained(model_of(base), tmp_path)
-    assert torch.equal(peft_rows(theirs), ours.rows)
-    torch.testing.assert_close(our_logits(base, ours.rows), peft_logits(theirs), atol=1e-5, rtol=0)
+    assert torch.equal(peft_rows(theirs), ours.prompt.values)
+    torch.testing.assert_close(our_logits(base, ours.prompt.values), peft_logits(theirs), atol=1e-5, rtol=0)
 
 
 def test_other_rows_give_other_logits(base: Path, tmp_path: Path) -> None:
     """Else the equalities of logits would say nothing."""
-    rows = our_folder(tmp_path, base).rows
+    rows = our_folder(tmp_path, base).prompt.values
     difference = our_logits(base, rows) - our_logits(base, rows.flip(0))
     assert difference[:, len(rows) :].abs().max() > 1e-2
 
@@ -122,8 +130,8 @@ def test_we_read_pefts_folder_and_compute_its_logits(base: Path, tmp_path: Path,
     found = read_adapter(tmp_path)
     assert found.sidecar is None
     assert found.config["prompt_tuning_init"] == init
-    assert torch.equal(found.rows, peft_rows(theirs))
-    torch.testing.assert_close(our_logits(base, found.rows), peft_logits(theirs), atol=1e-5, rtol=0)
+    assert torch.equal(found.prompt.values, peft_rows(theirs))
+    torch.testing.assert_close(our_logits(base, found.prompt.values), peft_logits(theirs), atol=1e-5, rtol=0)
 
 
 def test_we_read_the_bin_file_of_older_pefts(base: Path, tmp_path: Path) -> None:
@@ -131,14 +139,14 @@ def test_we_read_the_bin_file_of_older_pefts(base: Path, tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path)
     torch.save(peft.get_peft_model_state_dict(theirs), tmp_path / LEGACY_WEIGHTS)
     (tmp_path / WEIGHTS).unlink()
-    assert torch.equal(read_adapter(tmp_path).rows, peft_rows(theirs))
+    assert torch.equal(read_adapter(tmp_path).prompt.values, peft_rows(theirs))
 
 
 def test_a_named_peft_adapter_is_found_in_its_subfolder(base: Path, tmp_path: Path) -> None:
     theirs = peft_model(base)
     theirs.add_adapter("tweets", theirs.peft_config["default"])
     theirs.save_pretrained(tmp_path, selected_adapters=["tweets"])
-    assert read_adapter(tmp_path / "tweets").rows.shape == (5, tiny.HIDDEN)
+    assert read_adapter(tmp_path / "tweets").prompt.values.shape == (5, tiny.HIDDEN)
 
 
 # --- byte for byte ----------------------------------------------------------------------------
@@ -156,7 +164,7 @@ def test_peft_saves_our_folder_again_byte_for_byte(base: Path, tmp_path: Path, i
 def test_we_save_pefts_folder_again_byte_for_byte(base: Path, tmp_path: Path, init: str) -> None:
     peft_model(base, init).save_pretrained(tmp_path / "theirs")
     found = read_adapter(tmp_path / "theirs")
-    write_adapter(tmp_path / "ours", found.rows, found.config, found.sidecar)
+    write_adapter(tmp_path / "ours", found.tensors, found.config, found.sidecar)
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
 
@@ -164,9 +172,8 @@ def test_we_save_pefts_folder_again_byte_for_byte(base: Path, tmp_path: Path, in
 def test_our_configuration_is_the_one_peft_writes(base: Path, tmp_path: Path) -> None:
     theirs = peft_model(base)
     theirs.save_pretrained(tmp_path / "theirs")
-    rows = peft_rows(theirs)
-    ours = peft_config(rows, _loaded(base).config, str(base), None, INIT_TEXT)
-    write_adapter(tmp_path / "ours", rows, ours, None)
+    tensors = {TENSOR: peft_rows(theirs)}
+    write_adapter(tmp_path / "ours", tensors, config_of(tensors, base, INIT_TEXT), None)
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
 
@@ -178,8 +185,9 @@ def test_our_configuration_is_the_one_peft_writes(base: Path, tmp_path: Path) ->
 def test_text_initialisation_equals_pefts(base: Path, tokens: int) -> None:
     backbone, task = _loaded(base), Task("{text}", " ", "label")
     choice = PromptConfig(virtual_tokens=tokens, init="text", init_text=INIT_TEXT)
-    ours = initial_rows(choice, task, make_encoder(task, backbone, tokens), backbone, "text", 0)
-    assert torch.equal(ours, peft_rows(peft_model(base, tokens=tokens)))
+    encoder = make_encoder(task, backbone, tokens)
+    ours = first_method(choice, task, encoder, backbone, Member("text", 0, 0.03), None)
+    assert torch.equal(ours(), peft_rows(peft_model(base, tokens=tokens)))
 
 
 CONTEXTS = 6
@@ -202,11 +210,12 @@ def guide_batch(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
 
 def curve_of_ours(base: Path, rows: torch.Tensor, examples: Sequence[Example], config: TrainConfig) -> list[Event]:
     backbone = _loaded(base)
-    layout = choose_layout(backbone, rows, [Segment(e.context, (e.target,)) for e in examples]).train
+    segments = tiny.in_front(examples, len(rows))
+    layout = choose_layout(backbone, SoftPrompt(rows), segments).train
     events: list[Event] = []
     member = Member("text", 0, 0.03)
-    population = start([rows], [member], config, make_plan(len(examples), config), backbone.device)
-    with prepared(backbone, examples, population, config, layout) as ready:
+    population = start([tiny.soft(rows)], [member], config, make_plan(len(examples), config), backbone.device)
+    with prepared(backbone, segments, population, config, layout) as ready:
         train(ready.engine, ready.segments, population, config, Hooks(on_event=events.append))
     return events
 

@@ -21,6 +21,7 @@ from foreword.backbone.load import Backbone
 from foreword.backbone.memory import MB, Peak, free_memory
 from foreword.config import Member, Recipe, TrainConfig, members
 from foreword.errors import ForewordError
+from foreword.prompts.soft import SoftPrompt
 from foreword.recipe import merge
 from foreword.records import Example
 from foreword.training import prepare
@@ -35,19 +36,21 @@ from foreword.training.static import Static, choose_widths, flatten, view
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EXAMPLES = [Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)]
 MEMBERS = (Member("text", 0, 0.01), Member("text", 1, 0.03), Member("random", 2, 0.003))
+OPENING = (*range(tiny.VOCAB, tiny.VOCAB + 4), 5, 6)
+ROWS = tiny.in_front(EXAMPLES, 4)
 CONFIG = TrainConfig(epochs=3, batch_size=4, warmup_steps=2, clip=1.0, schedule="cosine")
 
 
 def begin(config: TrainConfig, chosen: tuple[Member, ...] = MEMBERS, device: torch.device = CPU) -> Population:
     first = [torch.randn(4, tiny.HIDDEN, generator=torch.Generator().manual_seed(m.seed)) * 0.2 for m in chosen]
-    return start(first, chosen, config, make_plan(len(EXAMPLES), config), device)
+    return start([tiny.soft(rows) for rows in first], chosen, config, make_plan(len(EXAMPLES), config), device)
 
 
 def run(
     backbone: Backbone, population: Population, config: TrainConfig, layout: Layout = "packed", **hooks: Any
 ) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
-    with prepared(backbone, EXAMPLES, population, config, layout) as ready:
+    with prepared(backbone, ROWS, population, config, layout) as ready:
         train(
             ready.engine, ready.segments, population, config, Hooks(on_event=lambda e: events.append(dict(e)), **hooks)
         )
@@ -72,7 +75,7 @@ def test_members_train_as_they_would_alone(family: str, layout: Layout, budget: 
         alone = begin(config, (member,))
         mine = run(backbone, alone, config, layout)
         assert [row[k] for row in losses(events)] == pytest.approx([row[0] for row in losses(mine)], abs=1e-5)
-        torch.testing.assert_close(together.states[k].kept, alone.states[0].kept, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.states[k].kept(), alone.states[0].kept(), atol=1e-5, rtol=1e-5)
         assert together.states[k].recent == pytest.approx(alone.states[0].recent, abs=1e-5)
 
 
@@ -80,9 +83,9 @@ def test_members_stop_for_themselves_and_leave_the_pass() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float64)
     config = dataclasses.replace(CONFIG, epochs=6, select="loss", patience=1)
 
-    def validator(scores: dict[int, list[float]], population: Population) -> Callable[[torch.Tensor], dict[str, float]]:
-        def validate(rows: torch.Tensor) -> dict[str, float]:
-            seed = next(s.member.seed for s in population.states if torch.equal(s.rows.detach(), rows))
+    def validator(scores: dict[int, list[float]], population: Population) -> Callable[[SoftPrompt], dict[str, float]]:
+        def validate(prompt: SoftPrompt) -> dict[str, float]:
+            seed = next(s.member.seed for s in population.states if torch.equal(s.method(), prompt.values))
             return {"loss": scores[seed].pop(0)}
 
         return validate
@@ -100,7 +103,7 @@ def test_members_stop_for_themselves_and_leave_the_pass() -> None:
     for k, member in enumerate(MEMBERS):
         alone = begin(config, (member,))
         run(backbone, alone, config, validate=validator(scores(), alone))
-        torch.testing.assert_close(together.states[k].kept, alone.states[0].kept, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.states[k].kept(), alone.states[0].kept(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
@@ -120,7 +123,7 @@ def test_a_population_resumed_is_uninterrupted_bit_for_bit(tmp_path: Any, stop_a
     run(backbone, resumed, CONFIG)
     assert resumed.step == whole.step == 9
     for a, b in zip(resumed.states, whole.states, strict=True):
-        assert torch.equal(a.kept, b.kept)
+        assert torch.equal(a.kept(), b.kept())
         assert a.recent == b.recent
 
 
@@ -130,7 +133,7 @@ def test_the_best_member_has_the_best_validation_or_the_lowest_training_loss() -
         state.recent = recent
     assert population.best == 1
     for state, score in zip(population.states, (0.7, 0.6, 0.7), strict=True):
-        state.best_rows, state.best_score = state.rows.detach(), score
+        state.best, state.best_score = state.method.state_dict(), score
     assert population.best == 0
 
 
@@ -139,8 +142,8 @@ def test_lists_in_the_recipe_make_a_population() -> None:
     found = members(merge(Recipe(), lists, "test"))
     assert set(found) == {Member(i, s, lr) for i, lr, s in itertools.product(("text", "random"), (0.1, 0.01), (3, 5))}
     counted = members(merge(Recipe(), {"prompt": {"population": 3}, "train": {"seed": 7}}, "test"))
-    assert counted == tuple(Member("text", seed, 0.03) for seed in (7, 8, 9))
-    assert members(Recipe()) == (Member("text", 0, 0.03),)
+    assert counted == tuple(Member("text", seed, 0.0) for seed in (7, 8, 9))
+    assert members(Recipe()) == (Member("text", 0, 0.0),)
 
 
 @pytest.mark.parametrize("value", [[], [0.1, 0.1], [0.1, "x"], [[0.1]]])
@@ -156,7 +159,7 @@ def test_static_shapes_train_as_plain_steps(family: str, layout: Layout, budget:
     found = []
     for kind in (Eager, lambda *args: Static(*args, captured=False)):
         population = begin(CONFIG)
-        reader = Reader((5, 6), backbone.vocab_size, 4, CONFIG.batch_size, budget or 1000, layout)
+        reader = Reader(OPENING, backbone.vocab_size, 4, CONFIG.batch_size, budget or 1000, layout)
         engine = kind(backbone, reader, CONFIG)
         events: list[dict[str, Any]] = []
         segments = [dataclasses.replace(e.segment, context=e.context[2:]) for e in EXAMPLES]
@@ -166,7 +169,7 @@ def test_static_shapes_train_as_plain_steps(family: str, layout: Layout, budget:
     for a, b in zip(losses(plain_events), losses(static_events), strict=True):
         assert b == pytest.approx(a, abs=1e-6)
     for p, s in zip(plain.states, static.states, strict=True):
-        torch.testing.assert_close(s.kept, p.kept, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(s.kept(), p.kept(), atol=1e-5, rtol=1e-5)
     assert len(engine.work) <= 8, "a few shapes, not one a step"
 
 
@@ -189,7 +192,7 @@ def test_widths_hold_everything_and_pad_least(widths: list[int], buckets: int, m
 
 @pytest.mark.parametrize("layout", ["packed", "rows"])
 def test_a_pass_comes_back_from_its_numbers(layout: Layout) -> None:
-    reader = Reader((5, 6), tiny.VOCAB, 4, 4, 1000, layout)
+    reader = Reader(OPENING, tiny.VOCAB, 4, 4, 1000, layout)
     segments = [e.segment for e in EXAMPLES]
     (part,) = reader.read([segments[:3], segments[3:7]])
     shape = part.shape
@@ -209,7 +212,7 @@ def test_recomputed_activations_change_nothing_and_leave_no_trace() -> None:
     run(backbone, plain, CONFIG)
     run(backbone, recomputed, dataclasses.replace(CONFIG, recompute=True))
     for a, b in zip(plain.states, recomputed.states, strict=True):
-        torch.testing.assert_close(a.kept, b.kept, atol=1e-12, rtol=0)
+        torch.testing.assert_close(a.kept(), b.kept(), atol=1e-12, rtol=0)
     assert not any("forward" in vars(layer) for layer in decoder_layers(backbone.model))
 
 
@@ -222,7 +225,7 @@ def test_compiled_layers_train_as_plain_steps(monkeypatch: pytest.MonkeyPatch) -
     plain, compiled = begin(whole), begin(whole)
     expected = losses(run(backbone, plain, whole))
     config = dataclasses.replace(whole, engine="compile")
-    with prepared(backbone, EXAMPLES, compiled, config, "packed") as ready:
+    with prepared(backbone, ROWS, compiled, config, "packed") as ready:
         assert ready.name == "compile", ready.notes
         events: list[dict[str, Any]] = []
         hooks = Hooks(on_event=lambda e: events.append(dict(e)))
@@ -256,13 +259,13 @@ def test_an_engine_that_computes_something_else_is_not_used(monkeypatch: pytest.
 
     monkeypatch.setattr(prepare, "_make", broken)
     monkeypatch.setattr(prepare, "choose_engine", lambda *args: "graph")
-    with prepared(backbone, EXAMPLES, begin(CONFIG), CONFIG, "packed") as ready:
+    with prepared(backbone, ROWS, begin(CONFIG), CONFIG, "packed") as ready:
         assert ready.name == "eager"
         assert "differ from plain steps" in " ".join(ready.notes)
     asked = dataclasses.replace(CONFIG, engine="graph")
     with (
         pytest.raises(ForewordError, match="does not work here"),
-        prepared(backbone, EXAMPLES, begin(asked), asked, "packed"),
+        prepared(backbone, ROWS, begin(asked), asked, "packed"),
     ):
         pass
 
@@ -296,12 +299,12 @@ def test_replayed_graphs_train_as_plain_steps(optimizer: str) -> None:
     found = []
     for kind in (Eager, lambda *args: Static(*args, captured=True)):
         population = begin(config, device=CUDA)
-        engine = kind(backbone, Reader((5, 6), backbone.vocab_size, 4, 4, 1000, "packed"), config)
+        engine = kind(backbone, Reader(OPENING, backbone.vocab_size, 4, 4, 1000, "packed"), config)
         segments = [dataclasses.replace(e.segment, context=e.context[2:]) for e in EXAMPLES]
         train(engine, segments, population, config, Hooks())
         found.append(population)
     for p, s in zip(found[0].states, found[1].states, strict=True):
-        torch.testing.assert_close(s.kept, p.kept, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(s.kept(), p.kept(), atol=1e-3, rtol=1e-3)
 
 
 def test_a_population_is_split_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,17 +317,17 @@ def test_a_population_is_split_to_fit_the_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prepare, "Peak", Measured)
     monkeypatch.setattr(prepare, "free_memory", lambda device: 26 * MB)
     population = begin(CONFIG)
-    with prepared(backbone, EXAMPLES, population, CONFIG, "packed") as ready:
+    with prepared(backbone, ROWS, population, CONFIG, "packed") as ready:
         note = ready.notes[0]
         assert "population of 3 soft prompts, 2 in a pass (2 passes a step; as many as fit into memory)" in note
         train(ready.engine, ready.segments, population, CONFIG, Hooks())
     whole = begin(CONFIG)
     monkeypatch.setattr(prepare, "free_memory", lambda device: 10**4 * MB)
-    with prepared(backbone, EXAMPLES, whole, CONFIG, "packed") as ready:
+    with prepared(backbone, ROWS, whole, CONFIG, "packed") as ready:
         assert ready.notes[0].startswith("population of 3 soft prompts, 3 in a pass: about 30 MB")
         train(ready.engine, ready.segments, whole, CONFIG, Hooks())
     for a, b in zip(population.states, whole.states, strict=True):
-        torch.testing.assert_close(a.kept, b.kept, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(a.kept(), b.kept(), atol=1e-3, rtol=1e-3)
 
 
 def test_peak_memory_sees_what_was_there_for_a_moment() -> None:

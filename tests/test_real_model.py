@@ -66,7 +66,7 @@ def test_the_folder_loads_again_and_in_peft(task: foreword.Foreword) -> None:
     again = foreword.load(folder)
     assert again.predict([ROWS[0][0]]) == task.predict([ROWS[0][0]])
     table = rows_table([{"text": ROWS[0][0]}])
-    context = torch.tensor([task.encoder.contexts(table)[0]])
+    context = torch.tensor([task.encoder.contexts(table)[0][again.prompt.virtual_ids :]])
     theirs = PeftModel.from_pretrained(again.backbone.model, str(folder))
     with torch.no_grad():
         logits = theirs(input_ids=context, attention_mask=torch.ones_like(context)).logits[0, -1]

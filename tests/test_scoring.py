@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import tiny
+from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import Layout
 from foreword.backbone.load import Backbone
-from foreword.evaluation.evaluate import no_prompt, pooled, run_rows, scores_of, validation_scores
+from foreword.evaluation.evaluate import pooled, run_rows, scores_of, validation_scores
 from foreword.evaluation.scoring import class_probabilities, classify, needs_end, score_branches
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
 
 LABELS = ((10, 11, 0), (12, 0), (10, 0))
@@ -33,7 +35,9 @@ def reference(backbone: Backbone, table: torch.Tensor, context: tuple[int, ...],
 def test_scores_equal_plain_forwards_in_input_order(family: str, layout: Layout, virtual_tokens: int) -> None:
     backbone = tiny.backbone(family, torch.float32)
     table = torch.randn(virtual_tokens, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
-    found = score_branches(backbone, table, CONTEXTS, [LABELS] * len(CONTEXTS), layout)
+    found = score_branches(
+        backbone, SoftPrompt(table), tiny.front(CONTEXTS, virtual_tokens), [LABELS] * len(CONTEXTS), layout
+    )
     for i, context in enumerate(CONTEXTS):
         for c, label in enumerate(LABELS):
             assert found.full[i, c] == pytest.approx(reference(backbone, table, context, label), abs=1e-4)
@@ -42,9 +46,10 @@ def test_scores_equal_plain_forwards_in_input_order(family: str, layout: Layout,
 
 def test_a_row_scores_the_same_alone_and_in_any_batch() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
-    table = torch.randn(4, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
-    together = classify(backbone, table, CONTEXTS, LABELS, "packed")
-    alone = np.concatenate([classify(backbone, table, [c], LABELS, "packed") for c in CONTEXTS])
+    prompt = SoftPrompt(torch.randn(4, tiny.HIDDEN, generator=torch.Generator().manual_seed(0)))
+    contexts = tiny.front(CONTEXTS, 4)
+    together = classify(backbone, prompt, contexts, LABELS, "packed")
+    alone = np.concatenate([classify(backbone, prompt, [c], LABELS, "packed") for c in contexts])
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
@@ -81,5 +86,5 @@ def test_free_text_is_scored_by_greedy_match_and_token_loss() -> None:
     assert outcome.matches is not None
     assert outcome.matches.tolist() == [1.0, 0.0]
     scores = scores_of(outcome, ())
-    expected = [reference(backbone, empty, e.context, e.target) for e in (right, wrong)]
+    expected = [reference(backbone, empty.values, e.context, e.target) for e in (right, wrong)]
     assert scores["loss"] == pytest.approx(-sum(expected) / 8, abs=1e-4)

@@ -18,6 +18,7 @@ from foreword.backbone.load import Backbone
 from foreword.config import Member, TrainConfig
 from foreword.errors import ForewordError
 from foreword.jobs.training import train_in
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
 from foreword.training.checkpoint import read_checkpoint, write_checkpoint
 from foreword.training.loop import Hooks, train
@@ -27,6 +28,7 @@ from foreword.training.state import Population, epoch_order, make_plan, start
 
 PACKED = Choice("packed", "packed", "test")
 EXAMPLES = [Example(i, (5, 6, *range(20 + i, 22 + 2 * i)), ((10, 11, 0), (12, 0))[i % 2], i % 2) for i in range(10)]
+ROWS = tiny.in_front(EXAMPLES, 4)
 OPTIMIZERS = ["adamw", "adam", "sgd", "rmsprop", "nadam", "radam", "adagrad", "adadelta", "rprop", "asgd", "adamax"]
 
 
@@ -46,19 +48,21 @@ def run(
     population = begin(config)
     hooks = Hooks(on_event=lambda e: events.append(dict(e)), **kwargs)
     go(backbone, population, config, hooks, layout)
-    return population.states[0].kept, events
+    return population.states[0].kept().detach(), events
 
 
 def begin(config: TrainConfig, rows: torch.Tensor | None = None, members: Sequence[Member] = ()) -> Population:
     members = members or [Member("text", 0, config.lr)]  # type: ignore[list-item,arg-type]
     first = [first_rows() if rows is None else rows for _ in members]
-    return start(first, members, config, make_plan(len(EXAMPLES), config), torch.device("cpu"))
+    return start(
+        [tiny.soft(rows) for rows in first], members, config, make_plan(len(EXAMPLES), config), torch.device("cpu")
+    )
 
 
 def go(
     backbone: Backbone, population: Population, config: TrainConfig, hooks: Hooks | None = None, layout: str = "packed"
 ) -> Population:
-    with prepared(backbone, EXAMPLES, population, config, layout) as ready:  # type: ignore[arg-type]
+    with prepared(backbone, ROWS, population, config, layout) as ready:  # type: ignore[arg-type]
         train(ready.engine, ready.segments, population, config, hooks or Hooks())
     return population
 
@@ -132,7 +136,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     backbone: Backbone, tmp_path: Path, name: str, stop_after: int
 ) -> None:
     config = TrainConfig(epochs=3, batch_size=4, optimizer=name, schedule="cosine", warmup_steps=2, lr=0.01)
-    expected = go(backbone, begin(config), config).states[0].kept
+    expected = go(backbone, begin(config), config).states[0].kept()
     cut = begin(config)
     save_to = Hooks(
         save=lambda p: write_checkpoint(tmp_path, p.checkpoint()), interrupted=lambda: cut.step >= stop_after
@@ -144,15 +148,15 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
     resumed = begin(config, torch.zeros(4, tiny.HIDDEN))
     resumed.restore(found)
     assert resumed.step == stop_after
-    assert torch.equal(go(backbone, resumed, config).states[0].kept, expected)
+    assert torch.equal(go(backbone, resumed, config).states[0].kept(), expected)
 
 
 def test_best_rows_are_kept_and_patience_stops_the_run(backbone: Backbone) -> None:
     scores = iter([0.5, 0.9, 0.7, 0.8, 0.99])
     seen: list[torch.Tensor] = []
 
-    def validate(rows: torch.Tensor) -> dict[str, float]:
-        seen.append(rows.clone())
+    def validate(prompt: SoftPrompt) -> dict[str, float]:
+        seen.append(prompt.values.clone())
         return {"loss": 1.0, "accuracy": next(scores), "macro_f1": 0.0}
 
     config = TrainConfig(epochs=9, batch_size=5, select="accuracy", patience=2)
@@ -165,8 +169,8 @@ def test_best_rows_are_kept_and_patience_stops_the_run(backbone: Backbone) -> No
 def test_selection_by_loss_keeps_the_lowest(backbone: Backbone) -> None:
     scores, seen = iter([3.0, 1.0, 2.0]), []
 
-    def validate(rows: torch.Tensor) -> dict[str, float]:
-        seen.append(rows.clone())
+    def validate(prompt: SoftPrompt) -> dict[str, float]:
+        seen.append(prompt.values.clone())
         return {"loss": next(scores)}
 
     kept, _ = run(backbone, TrainConfig(epochs=3, batch_size=5, select="loss"), validate=validate)
@@ -177,7 +181,7 @@ def test_metrics_of_a_resumed_run_are_those_of_one_run(backbone: Backbone, tmp_p
     config, console = TrainConfig(epochs=2, batch_size=5, lr=0.01), Console(quiet=True)
 
     def events_of(folder: Path) -> list[dict[str, Any]]:
-        train_in(folder, backbone, [first_rows()], [Member("text", 0, 0.01)], EXAMPLES, config, PACKED, console)
+        train_in(folder, backbone, [tiny.soft(first_rows())], [Member("text", 0, 0.01)], ROWS, config, PACKED, console)
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         timing = ("seconds", "peak_memory_mb")
         return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
@@ -213,10 +217,10 @@ def test_bf16_autocast_stays_near_float32(backbone: Backbone) -> None:
 def test_unknown_optimiser_and_schedule_suggest_the_nearest() -> None:
     rows = torch.nn.Parameter(torch.zeros(1, 1))
     with pytest.raises(ForewordError, match="unknown optimiser") as caught:
-        build_optimizer(rows, TrainConfig(optimizer="adamv"), 0.1)
+        build_optimizer([rows], TrainConfig(optimizer="adamv"), 0.1)
     assert "adam" in caught.value.fix
     with pytest.raises(ForewordError, match="unknown schedule") as caught:
-        build_schedule(build_optimizer(rows, TrainConfig(), 0.1), TrainConfig(schedule="liner"), 10)
+        build_schedule(build_optimizer([rows], TrainConfig(), 0.1), TrainConfig(schedule="liner"), 10)
     assert "linear" in caught.value.fix
 
 

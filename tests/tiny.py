@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from foreword.backbone.load import Backbone, freeze
 from foreword.backbone.source import quiet_loading
+from foreword.config import PromptConfig
+from foreword.prompts.methods.base import Start
+from foreword.prompts.methods.prompt_tuning import PromptTuning
+from foreword.records import Example, Segment
 
 VOCAB = 320
 HIDDEN = 32
@@ -92,3 +97,18 @@ def save(folder: Path, family: str = "llama-gqa", seed: int = 0) -> Path:
         made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
     return folder
+
+
+def soft(values: torch.Tensor) -> PromptTuning:
+    """Prompt tuning that starts from rows ``[P, H]``."""
+    return PromptTuning(Start(values), PromptConfig(), torch.Generator())
+
+
+def front(contexts: Iterable[Sequence[int]], virtual_tokens: int) -> list[tuple[int, ...]]:
+    """Contexts with virtual ids in front."""
+    return [(*range(VOCAB, VOCAB + virtual_tokens), *c) for c in contexts]
+
+
+def in_front(examples: Iterable[Example], virtual_tokens: int) -> list[Segment]:
+    """Training rows with virtual ids in front."""
+    return [Segment(c, (e.target,)) for e in examples for c in front([e.context], virtual_tokens)]

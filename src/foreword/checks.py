@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from foreword.config import DataConfig, Recipe, members, value_of
+from foreword.config import DataConfig, PromptConfig, Recipe, members, value_of
+from foreword.data.template import parse
 from foreword.errors import ForewordError
 
 FILES = (".csv", ".jsonl", ".parquet")
@@ -16,7 +17,7 @@ REQUIRED = {
     "data.label": ("no label column given", "add --label COLUMN"),
 }
 COUNTS = (
-    "prompt.virtual_tokens",
+    "prompt.rank",
     "prompt.population",
     "train.epochs",
     "train.batch_size",
@@ -24,6 +25,12 @@ COUNTS = (
     "train.validate_every",
 )
 NOT_NEGATIVE = (
+    "prompt.virtual_tokens",
+    "prompt.encoder_size",
+    "prompt.frozen_tokens",
+    "prompt.epsilon",
+    "prompt.format_epsilon",
+    "prompt.loss_decay",
     "train.warmup_steps",
     "train.clip",
     "train.weight_decay",
@@ -37,6 +44,9 @@ CHOICES = {
     "data.task": ("auto", "classify", "generate"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.attention": ("auto", "sdpa", "eager", "flex_attention"),
+    "model.quantize": ("none", "nf4", "int8", "int8-weight", "float8-weight", "int8-dynamic"),
+    "prompt.placement": ("front", "after-bos", "end"),
+    "prompt.encoder": ("mlp", "lstm"),
     "train.select": ("last", "loss", "accuracy", "macro_f1"),
     "train.autocast": ("auto", "on", "off"),
     "train.engine": ("auto", "eager", "graph", "compile"),
@@ -50,6 +60,33 @@ def check(recipe: Recipe) -> None:
     _check_choices(recipe)
     _check_held_out(recipe.data)
     _check_selection(recipe)
+    _check_method(recipe)
+
+
+def check_distill(recipe: Recipe) -> None:
+    """Refuses what ``foreword distill`` cannot work with, before anything is loaded."""
+    given = recipe.distill
+    _need(bool(recipe.model.id), "model.id", *REQUIRED["model.id"])
+    _need(
+        bool(given.text) != bool(given.few_shot),
+        "distill.text",
+        "a text and few-shot examples exclude each other" if given.text else "nothing to distil is given",
+        "add --text FILE, or --few-shot TOKENS with --data",
+    )
+    needs_rows = "few-shot examples need labelled rows"
+    _need(not given.few_shot or bool(recipe.data.path), "distill.few_shot", needs_rows, "add --data FILE")
+    _need(recipe.prompt.method != "cpt", "prompt.method", "cpt starts from rows, not from a text", "leave it out")
+    _need(recipe.prompt.method != "multitask", "prompt.method", "multitask is for several tasks", "leave it out")
+    _need(recipe.prompt.virtual_tokens > 0, "prompt.virtual_tokens", "a text is longer than its soft prompt", "give it")
+    only_last = "the student follows its teacher and is not chosen by labels"
+    _need(recipe.train.select == "last", "train.select", only_last, "leave train.select out")
+    _need(not recipe.data.folds, "data.folds", "a distillation has no folds", "data.eval_fraction=0.2")
+    for key in ("distill.queries", "distill.answer_tokens", "distill.candidates"):
+        value = value_of(recipe, key)
+        _need(value >= 2, key, f"{key} must be more than 1, not {value}", f"set {key} to 2 or more")
+    _check_numbers(recipe)
+    _check_choices(recipe)
+    _check_method(recipe)
 
 
 def _check_given(recipe: Recipe) -> None:
@@ -63,7 +100,7 @@ def _check_numbers(recipe: Recipe) -> None:
     """Ranges. Written so that NaN, which compares false with everything, is refused too."""
     folds = recipe.data.folds
     for lr in {m.lr for m in members(recipe)}:
-        _need(0 < lr < math.inf, "train.lr", f"train.lr must be more than 0, not {lr}", "for example train.lr=0.03")
+        _need(0 <= lr < math.inf, "train.lr", f"train.lr must not be negative, not {lr}", "for example train.lr=0.03")
     for key in COUNTS:
         value = value_of(recipe, key)
         _need(value >= 1, key, f"{key} must be more than 0, not {value}", f"set {key} to 1 or more")
@@ -124,6 +161,33 @@ def _check_selection(recipe: Recipe) -> None:
         "train.patience",
         "train.patience needs a score to watch",
         "add train.select=loss and data.validation_fraction=0.2",
+    )
+
+
+def _check_method(recipe: Recipe) -> None:
+    """What cannot stand where, or together."""
+    prompt, template = recipe.prompt, recipe.data.template
+    placed = parse(template).soft_tokens if template else 0
+    _need(
+        not placed or prompt.placement == "front",
+        "prompt.placement",
+        "the template says where the virtual tokens stand, and prompt.placement says it too",
+        "keep one of them",
+    )
+    elsewhere = bool(placed) or prompt.placement != "front"
+    if prompt.method in ("prefix-tuning", "cartridge"):
+        what = f"{prompt.method} stands in the cache before everything and cannot be placed in the text"
+        _need(not elsewhere, "prompt.placement", what, "prompt.method=prompt-tuning")
+    if prompt.method == "cpt":
+        _need(not elsewhere, "prompt.placement", "cpt reads its examples before everything", "prompt.placement=front")
+        several_inits = "cpt starts from training rows and takes no other initialiser"
+        _need(prompt.init == PromptConfig().init, "prompt.init", several_inits, "leave prompt.init out")
+    default = PromptConfig().virtual_tokens
+    _need(
+        not placed or prompt.virtual_tokens in (0, default, placed),
+        "prompt.virtual_tokens",
+        f"the template places {placed} virtual tokens, prompt.virtual_tokens={prompt.virtual_tokens}",
+        "leave prompt.virtual_tokens out",
     )
 
 

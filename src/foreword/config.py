@@ -31,6 +31,9 @@ class ModelConfig:
     what a long packed row does not see (CUDA only)."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cuda, cuda:N, mps or cpu."""
+    quantize: str = "none"
+    """Round the backbone's weights while loading: none, nf4 or int8 (bitsandbytes), int8-weight or
+    float8-weight (torchao); int8-dynamic (torchao) is for scoring only, as no gradient passes it."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,13 @@ class DataConfig:
 class PromptConfig:
     """The soft prompt."""
 
+    method: str = "prompt-tuning"
+    """prompt-tuning, p-tuning, residual, low-rank, prefix-tuning, multitask, cpt or cartridge."""
     virtual_tokens: int = 16
-    """Number of virtual tokens, P."""
+    """Number of virtual tokens, P; 0: as many as the text or adapter it starts from."""
+    placement: str = "front"
+    """Where the virtual tokens stand: front (PEFT's), after-bos, or end (behind the context). A template
+    with {soft:N} in it says so itself."""
     population: int = 1
     """Soft prompts trained in one pass, their seeds counting up from train.seed; the best is kept.
     Lists in prompt.init, train.lr and train.seed make one for every combination."""
@@ -92,14 +100,30 @@ class PromptConfig:
     """Text for init=text; empty: an instruction made from the class names."""
     init_adapter: str = ""
     """Adapter folder or hub id for init=adapter."""
+    encoder: str = "mlp"
+    """p-tuning's encoder: mlp or lstm."""
+    encoder_size: int = 0
+    """Hidden size of an encoder or projection (p-tuning, residual, prefix-tuning); 0: the method's own."""
+    projection: bool = False
+    """prefix-tuning: train a projection that makes the keys and values, as its paper does."""
+    rank: int = 8
+    """Rank of the factors (low-rank, multitask)."""
+    frozen_tokens: int = 1
+    """cartridge: virtual tokens at the front that stay as they are (the attention sink)."""
+    epsilon: float = 0.1
+    """cpt: how far an input token's row may move, for a width of 2048."""
+    format_epsilon: float = 0.1
+    """cpt: the same for the template's tokens."""
+    loss_decay: float = 0.95
+    """cpt: weight of each label in the context against the one after it."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The optimisation."""
 
-    lr: float | tuple[float, ...] = 0.03
-    """Learning rate. A list: a population."""
+    lr: float | tuple[float, ...] = 0.0
+    """Learning rate; 0: the method's own (0.03 for rows at the embedding). A list: a population."""
     epochs: int = 30
     """Passes over the training rows."""
     batch_size: int = 8
@@ -140,6 +164,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What ``foreword distill`` makes into a soft prompt."""
+
+    text: str = ""
+    """Text file that the backbone reads in full, as the teacher."""
+    few_shot: int = 0
+    """Instead of a text: labelled rows of data.path as examples, as many as fit this many tokens."""
+    queries: int = 96
+    """Without data.path: pieces of the text and plain questions that the teacher goes on from."""
+    answer_tokens: int = 32
+    """Without data.path: tokens that the teacher writes after each."""
+    candidates: int = 20
+    """Likeliest tokens of the teacher that the student learns at each place."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run."""
 
@@ -147,6 +187,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True)
@@ -164,14 +205,15 @@ class Member:
 
 def members(recipe: Recipe) -> tuple[Member, ...]:
     """The population a recipe asks for: every combination of its lists; one member without any."""
-    seeds = _several(recipe.train.seed)
+    seeds = several(recipe.train.seed)
     if len(seeds) == 1:
         seeds = tuple(range(seeds[0], seeds[0] + recipe.prompt.population))
-    combinations = itertools.product(_several(recipe.prompt.init), _several(recipe.train.lr), seeds)
+    combinations = itertools.product(several(recipe.prompt.init), several(recipe.train.lr), seeds)
     return tuple(Member(init, seed, lr) for init, lr, seed in combinations)
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def several(value: Any) -> tuple[Any, ...]:
+    """A value that may be a list, as a list."""
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -180,6 +222,7 @@ SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "prompt": PromptConfig,
     "train": TrainConfig,
+    "distill": DistillConfig,
 }
 
 

@@ -42,11 +42,14 @@ class Table:
 class Segment:
     """One example as token ids: a context and the continuations scored after it.
 
-    Training has one branch (the target with its end token); scoring has one per class.
+    Training has one branch (the target with its end token); scoring has one per class. Ids at or
+    above the vocabulary are virtual tokens.
     """
 
     context: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
+    soft: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
+    """For each token of the only branch, instead of it: likely tokens and their probabilities (distillation)."""
 
     @property
     def tokens(self) -> int:
@@ -84,6 +87,8 @@ class Task:
     max_length: int = 0
     names: tuple[str, ...] = ()
     """Names of integer labels by value, hidden ones such as "Unlabeled" included; may be empty."""
+    placement: str = "front"
+    """Where virtual tokens stand, if the template does not say it: front, after-bos or end."""
 
     @property
     def classifies(self) -> bool:

@@ -1,7 +1,7 @@
 """The adapter folder: PEFT's format byte for byte, plus ``foreword.json``.
 
-Format observed on peft 0.21.2: ``adapter_config.json`` is sorted, indented JSON without a
-trailing newline; ``adapter_model.safetensors`` holds ``prompt_embeddings`` [P, H] in float32.
+``adapter_config.json`` is sorted, indented JSON without a trailing newline; ``adapter_model.safetensors``
+holds float32 tensors. What they say of each type of soft prompt: ``peft_types.py``.
 """
 
 from __future__ import annotations
@@ -13,105 +13,85 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from foreword.artifact.atomic import write_atomic
+from foreword.artifact.bare import load_pickle, load_safetensors, read_bare
+from foreword.artifact.peft_types import TENSOR, soft_prompt, type_of
 from foreword.artifact.sidecar import SIDECAR, Sidecar, read_sidecar
 from foreword.errors import ForewordError
+from foreword.prompts.soft import SoftPrompt
 from foreword.recipe import RECIPE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 LEGACY_WEIGHTS = "adapter_model.bin"
-TENSOR = "prompt_embeddings"
-PEFT_VERSION = "0.21.2"
-"""Version of the format written; tests hold it against the installed PEFT."""
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A soft prompt as it lies in a folder.
 
-    ``rows`` is ``[P, H]`` float32; ``config`` is PEFT's configuration, unknown keys included.
+    ``prompt`` is what a model reads; ``tensors`` are those of the file that it was made from, their types
+    kept; ``config`` is PEFT's configuration, unknown keys included. Of a bare file, ``folder`` is the file.
     """
 
-    rows: torch.Tensor
+    prompt: SoftPrompt
+    tensors: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
     sidecar: Sidecar | None
     folder: Path
 
 
-def peft_config(
-    rows: torch.Tensor, model_config: Any, base: str, revision: str | None, init_text: str | None
-) -> dict[str, Any]:
-    """PEFT's configuration of a prompt-tuning adapter with these rows ``[P, H]``."""
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "modules_to_save": None,
-        "num_attention_heads": getattr(model_config, "num_attention_heads", None),
-        "num_layers": model_config.num_hidden_layers,
-        "num_transformer_submodules": 1,
-        "num_virtual_tokens": rows.shape[0],
-        "peft_type": "PROMPT_TUNING",
-        "peft_version": PEFT_VERSION,
-        "prompt_tuning_init": "TEXT" if init_text else "RANDOM",
-        "prompt_tuning_init_text": init_text,
-        "revision": revision,
-        "task_type": "CAUSAL_LM",
-        "token_dim": rows.shape[1],
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": base if init_text else None,
-    }
-
-
-def write_adapter(folder: Path, rows: torch.Tensor, config: Mapping[str, Any], sidecar: Sidecar | None) -> None:
+def write_adapter(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], sidecar: Sidecar | None
+) -> None:
     """Writes weights, configuration and sidecar, each atomically; the configuration comes last."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ForewordError(f"cannot make the folder: {e.strerror}", str(folder), "give another folder") from None
-    write_atomic(folder / WEIGHTS, weights_bytes(rows))
+    write_atomic(folder / WEIGHTS, weights_bytes(tensors))
     if sidecar is not None:
         write_atomic(folder / SIDECAR, sidecar.to_json().encode())
     write_atomic(folder / CONFIG, json.dumps(dict(config), indent=2, sort_keys=True).encode())
 
 
-def weights_bytes(rows: torch.Tensor) -> bytes:
-    """The safetensors file of rows ``[P, H]``."""
-    tensor = rows.detach().to("cpu", torch.float32).contiguous()
-    return save({TENSOR: tensor}, metadata={"format": "pt"})
+def weights_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The safetensors file of these tensors, in float32."""
+    whole = torch.contiguous_format
+    # Cloned: tensors that share memory are refused by safetensors.
+    plain = {n: t.detach().to("cpu", torch.float32).clone(memory_format=whole) for n, t in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Reads and validates an adapter folder, ours or PEFT's.
+def read_adapter(folder: Path, task: int = 0) -> Adapter:
+    """Reads and validates an adapter folder, ours or PEFT's, or a bare file of rows (``bare.py``).
+
+    Args:
+        folder: the folder, or the bare file.
+        task: whose soft prompt to read of an adapter of several tasks.
 
     Raises:
-        ForewordError: no adapter there, another PEFT type, a truncated or foreign file, code
-            in a pickle, a shape that is not [P, H], or values that are not finite.
+        ForewordError: no adapter there, a type that is no soft prompt, a truncated or foreign file, code
+            in a pickle, tensors that disagree with the configuration, no such task, or values not finite.
     """
+    if folder.is_file():
+        return _read_file(folder, task)
     config = _read_config(folder)
-    rows = _checked(_read_rows(folder), config, str(folder))
-    return Adapter(rows, config, read_sidecar(folder), folder)
+    tensors = _read_tensors(folder, config)
+    prompt = soft_prompt(config, tensors, task, str(folder))
+    return Adapter(prompt, tensors, config, read_sidecar(folder), folder)
 
 
-def _checked(rows: torch.Tensor, config: Mapping[str, Any], place: str) -> torch.Tensor:
-    """The rows ``[P, H]`` in float32, if they are what the configuration says and finite."""
-    expected = (config.get("num_virtual_tokens"), config.get("token_dim"))
-    agrees = rows.dim() == 2 and all(e in (None, n) for e, n in zip(expected, rows.shape, strict=True))
-    if not agrees or 0 in rows.shape:
-        raise ForewordError(
-            f"the soft prompt has shape {list(rows.shape)}, its configuration says {list(expected)}",
-            place,
-            "train or download it again",
-        )
-    plain = rows.is_floating_point() and rows.layout == torch.strided
-    values = rows.detach().float() if plain else rows  # cast first: float64 may overflow float32
-    if not plain or not torch.isfinite(values).all():
-        raise ForewordError("the soft prompt holds NaN, infinite or non-float values", place, "train it again")
-    return values
+def _read_file(file: Path, task: int) -> Adapter:
+    """A bare file as a prompt-tuning adapter; a part of an adapter folder is not one."""
+    if (file.parent / CONFIG).is_file() and file.name in (CONFIG, WEIGHTS, LEGACY_WEIGHTS):
+        raise ForewordError("the file is a part of an adapter", str(file), f"give its folder, {file.parent}")
+    rows = read_bare(file).values
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1]}
+    tensors = {TENSOR: rows}
+    return Adapter(soft_prompt(config, tensors, task, str(file)), tensors, config, None, file)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -122,42 +102,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ForewordError(f"not JSON: {e}", str(file), "train or download it again") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "PROMPT_TUNING":
-        raise ForewordError(
-            f"the adapter's type is {kind}, not PROMPT_TUNING", str(file), "load it with the tool that made it"
-        )
-    return dict(config)
+    found = dict(config) if isinstance(config, dict) else {}
+    type_of(found, str(file))
+    return found
 
 
-def _read_rows(folder: Path) -> torch.Tensor:
+def _read_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of the configuration's type, apart from any graph."""
     file, legacy = folder / WEIGHTS, folder / LEGACY_WEIGHTS
     if file.is_file():
-        try:
-            tensors = load(file.read_bytes())
-        except SafetensorError as e:
-            raise ForewordError(
-                f"truncated or no safetensors file: {e}", str(file), "train or download it again"
-            ) from None
+        found: Any = load_safetensors(file)
     elif legacy.is_file():
-        file = legacy
-        tensors = _read_legacy(legacy)
+        file, found = legacy, load_pickle(legacy)
     else:
         raise ForewordError(f"the adapter has no weights ({WEIGHTS})", str(folder), "train or download it again")
-    if not isinstance(tensors, dict) or not isinstance(tensors.get(TENSOR), torch.Tensor):
-        raise ForewordError(f"there is no tensor '{TENSOR}'", str(file), "give a PROMPT_TUNING adapter")
-    rows: torch.Tensor = tensors[TENSOR]
-    return rows
-
-
-def _read_legacy(file: Path) -> Any:
-    """A torch.save dictionary, read without running any code in it."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # the unpickler raises whatever a hostile or cut file makes it raise
-        unsafe = "weights_only" in str(e) or "Unsupported" in str(e)
-        what = "the pickle holds code, which is never run" if unsafe else "truncated or no torch.save file"
-        raise ForewordError(what, str(file), "ask for a safetensors file") from None
+    stored = found if isinstance(found, dict) else {}
+    names = type_of(config, str(folder)).shapes
+    missing = [name for name in names if not isinstance(stored.get(name), torch.Tensor)]
+    if missing:
+        raise ForewordError(
+            f"there is no tensor '{missing[0]}', which a {config['peft_type']} adapter has",
+            str(file),
+            "train or download it again",
+        )
+    return {name: stored[name].detach() for name in names}
 
 
 def _fix_for(folder: Path) -> str:

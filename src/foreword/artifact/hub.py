@@ -29,7 +29,7 @@ def push(folder: Path, repo: str, private: bool = False, message: str = "Add sof
         raise ForewordError("not a hub id", repo, "hub ids look like user/name")
     adapter = read_adapter(folder)  # never share what could not be loaded
     files: dict[str, Path | bytes] = {n: folder / n for n in SHARED_FILES if (folder / n).is_file()}
-    files.setdefault(WEIGHTS, weights_bytes(adapter.rows))
+    files.setdefault(WEIGHTS, weights_bytes(adapter.tensors))
     if RECIPE in files:
         files[RECIPE] = _without_folders(folder / RECIPE)
     api = HfApi()
@@ -54,7 +54,7 @@ def fetch(repo: str, revision: str | None = None) -> Path:
 def locate(path_or_id: str, revision: str | None = None) -> Path:
     """The folder of a local path or hub id; a path that looks local is never asked of the hub."""
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path.exists():
         return path
     local = path_or_id.startswith("runs/") or path.parent.is_dir() or not HUB_ID.fullmatch(path_or_id)
     if local:

@@ -70,4 +70,5 @@ def _task(stored: Mapping[str, Any]) -> Task:
         words,
         int(stored["max_length"]),
         tuple(map(str, stored["names"])),
+        str(stored.get("placement", "front")),
     )

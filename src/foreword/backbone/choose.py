@@ -7,14 +7,16 @@ one-row forwards, loss and gradient. A layout that disagrees is not used, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from foreword.backbone.forward import Rows, packed_logprobs, shared_logprobs
+from foreword.backbone.attach import attached
+from foreword.backbone.forward import Prefix, Rows, packed_logprobs, shared_logprobs
 from foreword.backbone.load import Backbone
-from foreword.backbone.virtual import VirtualTokens
+from foreword.data.encode import common_opening
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
 
 Layout = Literal["packed", "shared", "rows"]
@@ -35,15 +37,13 @@ class Choice:
     reason: str
 
 
-def choose_layout(
-    backbone: Backbone, table: torch.Tensor, segments: Sequence[Segment], gradient: bool = True
-) -> Choice:
+def choose_layout(backbone: Backbone, prompt: SoftPrompt, segments: Sequence[Segment], gradient: bool = True) -> Choice:
     """Tries the layouts on a few short segments, the cheapest first.
 
     Args:
         backbone: the model.
-        table: soft prompt rows ``[P, H]``.
-        segments: examples of the task with whole contexts; each the same number of branches.
+        prompt: the soft prompt.
+        segments: examples of the task with whole contexts, virtual ids included; each the same number of branches.
         gradient: compare gradients too (training needs them, scoring does not).
     """
     kind = str(backbone.config.model_type)
@@ -52,41 +52,44 @@ def choose_layout(
     # Whether the model heeds mask and positions shows between two neighbours: segments, or branches of the only one.
     few = sorted(segments, key=lambda s: s.tokens)[:2]
     sample = [Segment(s.context, s.branches[: 1 if len(few) > 1 else 2]) for s in few]
-    reference = _evaluate(backbone, table, sample, _one_by_one, gradient)
+    reference = _evaluate(backbone, prompt, sample, _one_by_one, gradient)
     alibi = kind in ALIBI or bool(getattr(backbone.config, "alibi", False))
-    if not alibi and _agrees(backbone, table, sample, packed_logprobs, reference):
+    if not alibi and _agrees(backbone, prompt, sample, packed_logprobs, reference):
         return Choice("packed", "packed", f"{kind} packs: equal to one-row forwards on the first rows")
     why = "takes its position bias from a 2-D mask" if alibi else "does not take a packed row"
-    if _agrees(backbone, table, sample, shared_logprobs, reference):
+    if _agrees(backbone, prompt, sample, shared_logprobs, reference):
         return Choice("rows", "shared", f"{kind} {why}: right-padded rows, contexts shared in scoring")
     return Choice("rows", "rows", f"{kind} {why}: right-padded rows")
 
 
-LogProbs = Callable[[Backbone, Rows], torch.Tensor]
+LogProbs = Callable[[Backbone, Rows, Prefix | None], torch.Tensor]
 
 
 def _evaluate(
     backbone: Backbone,
-    table: torch.Tensor,
+    prompt: SoftPrompt,
     segments: Sequence[Segment],
     logprobs: LogProbs,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities ``[M]`` and, if asked for, their sum's gradient in the table ``[P, H]``."""
-    leaf = table.detach().clone().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient), VirtualTokens(backbone.embedding, leaf) as virtual:
-        values = logprobs(backbone, [(virtual.ids, segments)])
+    """Log-probabilities ``[M]`` and, if asked for, their sum's gradient in the values ``[P, W]``."""
+    opening = common_opening([s.context for s in segments])  # shared, as training and scoring will
+    own = [replace(s, context=s.context[len(opening) :]) for s in segments]
+    leaf = prompt.values.detach().clone().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient), attached(backbone, SoftPrompt(leaf, prompt.kind)) as prefix:
+        values = logprobs(backbone, [(opening, own)], prefix)
         found = torch.autograd.grad(values.sum(), leaf)[0] if gradient else None
     return values.detach(), found
 
 
-def _one_by_one(backbone: Backbone, rows: Rows) -> torch.Tensor:
+def _one_by_one(backbone: Backbone, rows: Rows, prefix: Prefix | None) -> torch.Tensor:
     """The reference: one row at a time through the model's own forward, all logits."""
     found = []
     for opening, segments in rows:
         for context, branch in ((s.context, b) for s in segments for b in s.branches):
             ids = torch.tensor([[*opening, *context, *branch[:-1]]], device=backbone.device)
-            logits = backbone.model(input_ids=ids, use_cache=False).logits[0, -len(branch) :].float()
+            cache = {"past_key_values": prefix.cache(1, keep=True)} if prefix else {}
+            logits = backbone.model(input_ids=ids, use_cache=bool(prefix), **cache).logits[0, -len(branch) :].float()
             targets = torch.tensor(branch, device=backbone.device)
             found.append(logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
     return torch.cat(found)
@@ -94,14 +97,14 @@ def _one_by_one(backbone: Backbone, rows: Rows) -> torch.Tensor:
 
 def _agrees(
     backbone: Backbone,
-    table: torch.Tensor,
+    prompt: SoftPrompt,
     segments: Sequence[Segment],
     logprobs: LogProbs,
     reference: tuple[torch.Tensor, torch.Tensor | None],
 ) -> bool:
     expected, slope = reference
     try:
-        values, gradient = _evaluate(backbone, table, segments, logprobs, slope is not None)
+        values, gradient = _evaluate(backbone, prompt, segments, logprobs, slope is not None)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
         return False  # the model's forward does not take this layout at all
     allowed = TOLERANCE.get(backbone.dtype, LOW_PRECISION)

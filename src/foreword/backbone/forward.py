@@ -19,30 +19,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from foreword.backbone.head import HeadTap, target_logprobs
+from foreword.backbone.head import HeadTap, place_logprobs, target_logprobs, top_at
+from foreword.backbone.kv import cache_of, lasting_cache
 from foreword.backbone.layout import Packed, additive, block_mask, left_pad, pack, right_padded, visible
 from foreword.backbone.load import Backbone
 from foreword.records import Segment
 
 Rows = Sequence[tuple[Sequence[int], Sequence[Segment]]]
-"""Openings (virtual ids and the template's opening), each with the segments that stand after it."""
+"""Openings (ids that segments share), each with the segments that stand after it."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values ``[1, heads, S, head_dim]`` of an opening, layer by layer."""
+    """Keys and values ``[B, heads, S, head_dim]`` of what stands before the input, layer by layer.
+
+    ``B`` is 1 (the same for all rows) or the number of rows.
+    """
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     size: int
 
-    def cache(self) -> Any:
-        """A fresh cache holding the opening; a forward pass appends to it."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for i, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, i)
-        return cache
+    def cache(self, rows: int, keep: bool = False) -> Any:
+        """A cache of ``rows`` rows that begins with it; with ``keep`` a forward pass appends to it."""
+        layers = [(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in self.layers]
+        return cache_of(layers) if keep else lasting_cache(layers)
 
 
 def packed_logprobs(backbone: Backbone, rows: Rows, prefix: Prefix | None = None) -> torch.Tensor:
@@ -51,27 +51,28 @@ def packed_logprobs(backbone: Backbone, rows: Rows, prefix: Prefix | None = None
     Args:
         backbone: the model, with virtual ids attached when an opening holds some.
         rows: openings, each with segments whose contexts leave it out.
-        prefix: keys and values of the one opening of all rows, when they were computed before.
+        prefix: keys and values of what stands before the openings.
     """
-    if prefix is None:
-        return run(backbone, pack(rows))
-    return run(backbone, pack([((), segments) for _, segments in rows], prefix.size), prefix)
+    return run(backbone, pack(rows, prefix.size if prefix else 0), prefix)
 
 
-def rows_logprobs(backbone: Backbone, rows: Rows) -> torch.Tensor:
+def rows_logprobs(backbone: Backbone, rows: Rows, prefix: Prefix | None = None) -> torch.Tensor:
     """The same as ``packed_logprobs`` by right-padded rows, one a branch, without any mask."""
-    return run(backbone, right_padded(rows))
+    return run(backbone, right_padded(rows), prefix)
 
 
-def shared_logprobs(backbone: Backbone, rows: Rows) -> torch.Tensor:
-    """The same with each context read once: ``[pads][opening][context]``, then its branches.
+def shared_logprobs(backbone: Backbone, rows: Rows, prefix: Prefix | None = None) -> torch.Tensor:
+    """The same with each context read once: ``[prefix][pads][opening][context]``, then its branches.
 
     Every segment must have the same number of branches.
     """
     segments = [s for _, found in rows for s in found]
     device, count = backbone.device, len(segments[0].branches)
     ids, mask = left_pad([(*opening, *s.context) for opening, found in rows for s in found])
-    first = _run_padded(backbone, ids, mask, None)
+    cache = prefix.cache(len(ids), keep=True) if prefix else None
+    if prefix:
+        mask = torch.cat([mask.new_ones(len(ids), prefix.size), mask], dim=1)
+    first = _run_padded(backbone, ids, mask, cache, last=True)
     branches = [b for s in segments for b in s.branches]
     tail = max(map(len, branches)) - 1
     logits = first.logits[:, -1:].repeat_interleave(count, dim=0)
@@ -88,29 +89,52 @@ def shared_logprobs(backbone: Backbone, rows: Rows) -> torch.Tensor:
     return _gathered(flat, targets)
 
 
-def compute_prefix(backbone: Backbone, opening: Sequence[int]) -> Prefix:
-    """Reads the opening once and keeps its keys and values."""
+def compute_prefix(backbone: Backbone, opening: Sequence[int], before: Prefix | None = None) -> Prefix:
+    """Reads the opening once, after what stands before it, and keeps all keys and values."""
     from transformers import DynamicCache
 
     # Without a config every layer of the cache is a full one: our own masks do the windows.
-    cache = DynamicCache()
-    row = pack([(opening, ())]).to(backbone.device)
+    cache = before.cache(1, keep=True) if before else DynamicCache()
+    ids = torch.tensor([list(opening)], device=backbone.device)  # one plain row: no mask is needed
     tap = HeadTap(backbone.model.get_output_embeddings()) if backbone.knows_head else nullcontext()
     with tap:
-        _forward(backbone, row, past_key_values=cache, use_cache=True)
-    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), len(opening))
+        backbone.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    size = len(opening) + (before.size if before else 0)
+    return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), size)
 
 
 def run(backbone: Backbone, row: Packed, prefix: Prefix | None = None) -> torch.Tensor:
-    """Log-probabilities ``[M]`` of the targets of packed or right-padded rows."""
+    """Log-probabilities of packed or right-padded rows: ``[M]`` of the targets.
+
+    Where targets have weights it is ``[U]``: at each place their weighted sum.
+    """
     row = row.to(backbone.device)
-    cache: dict[str, Any] = {"past_key_values": prefix.cache()} if prefix else {}
+    cache: dict[str, Any] = {"past_key_values": prefix.cache(len(row.ids))} if prefix else {}
     if not backbone.knows_head:
         logits = _forward(backbone, row, use_cache=bool(prefix), **cache).logits.flatten(0, 1)
-        return _gathered(logits[row.keep[row.place]], row.targets)
+        found = _gathered(logits[row.keep[row.place]], row.targets)
+        if row.weights is None:
+            return found
+        return found.new_zeros(len(row.keep)).index_add(0, row.place, found * row.weights)
     with HeadTap(backbone.model.get_output_embeddings()) as tap:
         _forward(backbone, row, use_cache=bool(prefix), **cache)
+    if row.weights is not None:
+        return place_logprobs(backbone, tap.at(row.keep), row.place, row.targets, row.weights)
     return target_logprobs(backbone, tap.at(row.keep), row.place, row.targets)
+
+
+def top_tokens(backbone: Backbone, row: Packed, prefix: Prefix | None, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens at each place of packed or right-padded rows: ids and probabilities, each ``[U, count]``."""
+    row = row.to(backbone.device)
+    cache: dict[str, Any] = {"past_key_values": prefix.cache(len(row.ids))} if prefix else {}
+    head = backbone.model.get_output_embeddings()
+    tap = HeadTap(head) if backbone.knows_head else nullcontext()
+    with tap:
+        out = _forward(backbone, row, use_cache=bool(prefix), **cache)
+    if isinstance(tap, HeadTap):
+        return top_at(backbone, tap.at(row.keep), count)
+    found = out.logits.flatten(0, 1)[row.keep].float().softmax(-1).topk(count)
+    return found.indices, found.values
 
 
 def micro_batches(segments: Sequence[Segment], opening: int, budget: int) -> Iterator[list[int]]:
@@ -161,13 +185,14 @@ def _masks(backbone: Backbone, row: Packed) -> Any:
     return mask(None if kinds == {"full_attention"} else window)
 
 
-def _run_padded(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> Any:
+def _run_padded(backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, cache: Any, last: bool = False) -> Any:
+    """A forward pass over ``ids`` ``[B, N]`` after what the cache holds; ``mask`` ``[B, S + N]`` covers both."""
     kwargs: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
     if "position_ids" in _accepted(backbone.model):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         kwargs["position_ids"] = positions.to(backbone.device)
     if "logits_to_keep" in _accepted(backbone.model):
-        kwargs["logits_to_keep"] = 1 if cache is None else 0
+        kwargs["logits_to_keep"] = 1 if last else 0
     device = backbone.device
     return backbone.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, **kwargs)
 

@@ -1,7 +1,7 @@
-"""Generation through transformers' own ``generate``: ``[pads][soft prompt][context]``.
+"""Generation through transformers' own ``generate``: ``[pads][soft prompt and context]``.
 
-Pads stand before the soft prompt and position ids follow the mask, so a row's text does not
-depend on its batch.
+Pads stand before rows of the soft prompt and position ids follow the mask, so a row's text does
+not depend on its batch. A prefix is handed over as the cache of what was read before.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from foreword.backbone.attach import attached
+from foreword.backbone.forward import Prefix
 from foreword.backbone.layout import left_pad
 from foreword.backbone.load import Backbone
-from foreword.backbone.virtual import VirtualTokens
+from foreword.prompts.soft import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,26 @@ class Sampling:
 
 
 def generate(
-    backbone: Backbone, table: torch.Tensor, contexts: Sequence[Sequence[int]], sampling: Sampling
+    backbone: Backbone, prompt: SoftPrompt, contexts: Sequence[Sequence[int]], sampling: Sampling
 ) -> list[list[int]]:
     """New token ids of each context, in order, without the end token.
 
     Args:
         backbone: the model.
-        table: soft prompt rows ``[P, H]``; ``[0, H]`` for the plain backbone.
-        contexts: token ids of the contexts, one batch.
+        prompt: the soft prompt.
+        contexts: token ids of the contexts, virtual ids included, one batch.
         sampling: how tokens are chosen; sampling draws from a generator of its own seed.
     """
-    with VirtualTokens(backbone.embedding, table) as virtual:
-        ids, mask = left_pad([(*virtual.ids, *c) for c in contexts])
-        out = _generate(backbone, ids, mask, sampling)
-    return [_until(row.tolist(), backbone.end_id) for row in out[:, ids.shape[1] :]]
+    found: list[list[int]] = [[] for _ in contexts]
+    with attached(backbone, prompt) as prefix:
+        for group in _groups(backbone, contexts, prefix):
+            out = _generate(backbone, [contexts[i] for i in group], prefix, sampling)
+            for i, row in zip(group, out, strict=True):
+                found[i] = _until(row.tolist(), backbone.end_id)
+    return found
 
 
-def stream(backbone: Backbone, table: torch.Tensor, context: Sequence[int], sampling: Sampling) -> Iterator[str]:
+def stream(backbone: Backbone, prompt: SoftPrompt, context: Sequence[int], sampling: Sampling) -> Iterator[str]:
     """Pieces of one context's text as they come."""
     from transformers import TextIteratorStreamer
 
@@ -56,9 +61,8 @@ def stream(backbone: Backbone, table: torch.Tensor, context: Sequence[int], samp
 
     def work() -> None:
         try:
-            with VirtualTokens(backbone.embedding, table) as virtual:
-                ids, mask = left_pad([(*virtual.ids, *context)])
-                _generate(backbone, ids, mask, sampling, streamer=streamer)
+            with attached(backbone, prompt) as prefix:
+                _generate(backbone, [context], prefix, sampling, streamer=streamer)
         except BaseException as e:  # handed to the reader, who would wait forever otherwise
             failure.append(e)
             streamer.end()
@@ -71,22 +75,50 @@ def stream(backbone: Backbone, table: torch.Tensor, context: Sequence[int], samp
         raise failure[0]
 
 
+def _groups(backbone: Backbone, contexts: Sequence[Sequence[int]], prefix: Prefix | None) -> list[list[int]]:
+    """Contexts that may be padded together.
+
+    A prefix lies in the cache in front of the pads. A sliding window counts places, pads too, so
+    there only contexts of one length go together.
+    """
+    if prefix is None or getattr(backbone.config, "sliding_window", None) is None:
+        return [list(range(len(contexts)))]
+    lengths = [len(c) for c in contexts]
+    return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+
+
 class _RealIdsOnly:
-    """A logits processor that never sees virtual ids (they index past the vocabulary)."""
+    """A logits processor that sees neither virtual ids, which index past the vocabulary, nor pads.
+
+    In their place it sees another id of the same row, which it sees anyway.
+    """
 
     def __init__(self, processor: Any, base: int, stand_in: int) -> None:
         self.processor, self.base, self.stand_in = processor, base, stand_in
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.processor(ids.masked_fill(ids >= self.base, self.stand_in), scores)
+        real = ids < self.base
+        first = ids.gather(1, real.int().argmax(1, keepdim=True))
+        own = first.masked_fill(first >= self.base, self.stand_in)  # a row without any text
+        out: torch.Tensor = self.processor(torch.where(real, ids, own), scores)
         return out
 
 
 def _generate(
-    backbone: Backbone, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None
-) -> torch.Tensor:
+    backbone: Backbone, contexts: Sequence[Sequence[int]], prefix: Prefix | None, sampling: Sampling,
+    streamer: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    """What is written after each context ``[B, N]``."""
     from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+    ids, mask = left_pad(contexts)
+    ids = ids.masked_fill(mask == 0, backbone.vocab_size)
+    cache: dict[str, Any] = {}
+    if prefix:  # generate wants ids for what lies in the cache and never reads them
+        size = (len(ids), prefix.size)
+        ids = torch.cat([ids.new_full(size, backbone.vocab_size), ids], dim=1)
+        mask = torch.cat([mask.new_ones(size), mask], dim=1)
+        cache["past_key_values"] = prefix.cache(len(ids), keep=True)
     sample = sampling.temperature > 0
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
@@ -108,8 +140,9 @@ def _generate(
             generation_config=config,
             logits_processor=processors,
             streamer=streamer,
+            **cache,
         )
-    return out
+    return out[:, ids.shape[1] :]
 
 
 def _cuda_devices(backbone: Backbone) -> list[torch.device]:

@@ -75,6 +75,55 @@ def target_logprobs(
     return values - lse[place]
 
 
+def top_at(backbone: Backbone, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens after hidden states ``[U, H]``: ids and probabilities, each ``[U, count]``."""
+    step = _chunk(backbone)
+    found = [_logits(backbone, hidden[at : at + step]).softmax(-1).topk(count) for at in range(0, len(hidden), step)]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def place_logprobs(
+    backbone: Backbone, hidden: torch.Tensor, place: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """At each place of ``hidden`` ``[U, H]`` the weighted sum ``[U]`` of its targets' log-probabilities.
+
+    ``place``, ``targets`` and ``weights`` are ``[M]``, sorted by place; each place has at least one target.
+    """
+    found: torch.Tensor = _Weighted.apply(backbone, hidden, place, targets, weights)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Weighted(torch.autograd.Function):
+    """``place_logprobs``, the gradients in ``hidden`` computed along with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backbone: Backbone, hidden: torch.Tensor, place: torch.Tensor, targets: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """See the class."""
+        values, slopes = [], []
+        step = _chunk(backbone)
+        for at in range(0, len(hidden), step):
+            mine = ((place >= at) & (place < at + step)).nonzero()[:, 0]
+            with torch.enable_grad():
+                leaf = hidden[at : at + step].detach().requires_grad_()
+                logprobs = _logits(backbone, leaf).log_softmax(-1)
+                found = logprobs[place[mine] - at, targets[mine]] * weights[mine]
+                total = found.new_zeros(len(leaf)).index_add(0, place[mine] - at, found)
+                (slope,) = torch.autograd.grad(total.sum(), leaf)
+            values.append(total.detach())
+            slopes.append(slope)
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Scales the slopes."""
+        (slopes,) = ctx.saved_tensors
+        return None, slopes * grads[0][:, None].to(slopes.dtype), None, None, None
+
+
 class _Chunked(torch.autograd.Function):
     """Log-probabilities ``[M]``, and their gradients in ``hidden`` ``[M, H]`` computed along with them."""
 

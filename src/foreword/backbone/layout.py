@@ -37,7 +37,8 @@ class Packed:
     targets: torch.Tensor  # [M]
     positions: torch.Tensor | None = None  # [R, N]; None: right-padded rows, which need neither
     end: torch.Tensor | None = None  # [R, N]; first index of the row that does not see the token
-    cached: int = 0  # S; tokens of the opening that lie in a cache, seen by all
+    cached: int = 0  # S; tokens before the row that lie in a cache, seen by all
+    weights: torch.Tensor | None = None  # [M]; of targets, where a place has several that count together
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
@@ -130,6 +131,27 @@ def right_padded(rows: Sequence[tuple[Sequence[int], Sequence[Segment]]]) -> Pac
     ]
     targets = torch.tensor([t for b in branches for t in b])
     return Packed(_padded(texts, width), torch.tensor(keep), torch.arange(len(keep)), targets)
+
+
+def weighted(row: Packed, segments: Sequence[Segment], leads: Sequence[tuple[int, int, float]] = ()) -> Packed:
+    """The same rows with weighted targets: soft ones of segments, and ``leads`` of what stands before them.
+
+    Args:
+        row: packed or right-padded rows of segments with one branch each.
+        segments: those segments, in their order.
+        leads: (place in the flattened rows, target id, weight); they come last.
+    """
+    plain = ((((t,), (1.0,)) for t in s.branches[0]) if not s.soft else s.soft for s in segments)
+    wanted = [candidates for found in plain for candidates in found]
+    wanted += [((token,), (weight,)) for _, token, weight in leads]
+    place = [i for i, (ids, _) in enumerate(wanted) for _ in ids]
+    return replace(
+        row,
+        keep=torch.cat([row.keep[row.place], torch.tensor([at for at, _, _ in leads], dtype=torch.long)]),
+        place=torch.tensor(place),
+        targets=torch.tensor([t for ids, _ in wanted for t in ids]),
+        weights=torch.tensor([w for _, weights in wanted for w in weights]),
+    )
 
 
 def left_pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

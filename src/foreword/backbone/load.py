@@ -14,6 +14,8 @@ from torch import nn
 
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
 from foreword.backbone.head import knows_head
+from foreword.backbone.kv import Geometry, probed
+from foreword.backbone.quantise import check_quantised, made_trainable, parameter_count, quantised
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
@@ -72,6 +74,11 @@ class Backbone:
         return knows_head(self)
 
     @cached_property
+    def geometry(self) -> Geometry:
+        """Shape of its keys and values; refuses models that a prefix cannot stand in front of."""
+        return probed(self.model, self.name)
+
+    @cached_property
     def fingerprint(self) -> Fingerprint:
         """What the sidecar remembers of this backbone."""
         return fingerprint(self.model, self.model.config)
@@ -84,14 +91,19 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its weights."""
+        """Type of its weights; of a quantised backbone's others, and of what it computes."""
         dtype: torch.dtype = self.embedding.weight.dtype  # type: ignore[assignment]
         return dtype
 
     @cached_property
     def parameters(self) -> int:
         """Number of its parameters."""
-        return sum(p.numel() for p in self.model.parameters())
+        return parameter_count(self.model)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether its weights were rounded, by ``model.quantize`` or in the checkpoint: check its gradient."""
+        return getattr(self.model, "hf_quantizer", None) is not None
 
 
 def window_of(config: Any) -> int:
@@ -121,19 +133,24 @@ def load_backbone(config: ModelConfig) -> Backbone:
     """Loads model and tokenizer, frozen and in eval mode, on the chosen device.
 
     Raises:
-        ForewordError: no such folder, file or hub model, no network, no such device.
+        ForewordError: no such folder, file or hub model, no network, no such device, or it cannot be
+            quantised so.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    chosen: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if rounding := quantised(config.quantize, dtype):
+        # Weights are rounded where they will lie, one by one: the model is never there in full.
+        chosen |= {"quantization_config": rounding, "device_map": {"": device}}
     if config.attention == "flex_attention" and device.type != "cuda":
         raise ForewordError("flex_attention trains on CUDA only", "key model.attention", "model.attention=auto")
     with _explained(config) as (source, options):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **chosen, **options)
         tokenizer = _tokenizer(source, options)
-    return Backbone(freeze(model).to(device), tokenizer, config.id, config.revision)
+    check_quantised(model, config.quantize, config.id)
+    return Backbone(made_trainable(freeze(model).to(device)), tokenizer, config.id, config.revision)
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:

@@ -8,7 +8,22 @@ import sys
 
 import typer
 
-from foreword.cli import demo, evaluate, generate, predict, preview, push, recipes, show, train
+from foreword.cli import (
+    combine,
+    compile,
+    demo,
+    distill,
+    evaluate,
+    export,
+    generate,
+    predict,
+    preview,
+    push,
+    recipes,
+    show,
+    train,
+    transfer,
+)
 from foreword.errors import ForewordError
 
 app = typer.Typer(
@@ -21,8 +36,9 @@ app = typer.Typer(
     epilog="Errors say what, where and how to mend it; --debug anywhere adds the traceback.",
 )
 for verb in (demo.demo, train.train, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
-             show.show, push.push):  # fmt: skip
-    app.command()(verb)
+             show.show, compile.compile_, combine.combine, transfer.transfer, distill.distill, export.export,
+             push.push):  # fmt: skip
+    app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(recipes.app, name="recipes")
 
 

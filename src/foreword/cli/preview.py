@@ -34,7 +34,7 @@ def preview(
     for name, tokens in zip(found.task.classes, found.label_tokens, strict=True):
         console.print(f"class     {name!r} is said as {_bars(tokens)}", highlight=False, markup=False, soft_wrap=True)
     for row in found.rows:
-        line = Text(f"\nrow {row.number}  {recipe.prompt.virtual_tokens} virtual tokens, then\n")
+        line = Text(f"\nrow {row.number}\n")
         line.append(_bars(row.context), style="dim")
         line.append("\nloss on  ")
         line.append(_bars(row.target), style="bold green")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,11 +29,11 @@ def print_run(folder: Path, console: Console) -> None:
     from foreword.artifact.sidecar import SIDECAR
 
     adapter = read_adapter(folder)
-    sidecar = adapter.sidecar
+    sidecar, prompt = adapter.sidecar, adapter.prompt
     files = [folder / f for f in (CONFIG, WEIGHTS, LEGACY_WEIGHTS, SIDECAR, "README.md") if (folder / f).is_file()]
     weights = next(f for f in files if f.name in (WEIGHTS, LEGACY_WEIGHTS))
     facts = {
-        "soft prompt": f"{adapter.rows.shape[0]} virtual tokens of width {adapter.rows.shape[1]}",
+        "soft prompt": f"{prompt.tokens} virtual tokens{_what(adapter.config)}, {prompt.values.shape[1]} numbers each",
         "backbone": sidecar.backbone["name"] if sidecar else adapter.config.get("base_model_name_or_path"),
         "folder": f"{folder} ({weights.name} {weights.stat().st_size:,} bytes)",
     }
@@ -41,7 +42,10 @@ def print_run(folder: Path, console: Console) -> None:
         if sidecar.task.classifies:
             facts["classes"] = ", ".join(sidecar.task.classes)
         seconds, steps = sidecar.training.get("seconds"), sidecar.training.get("steps")
-        facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"
+        if "how" in sidecar.training:
+            facts["made"] = f"{sidecar.training['how']} from {', '.join(sidecar.training['from'])}"
+        else:
+            facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"
     for name, value in facts.items():
         console.print(f"{name:12} {value}", highlight=False, markup=False, soft_wrap=True)
     if sidecar and sidecar.scores:
@@ -49,6 +53,11 @@ def print_run(folder: Path, console: Console) -> None:
     elif sidecar:
         console.print("not scored: give --eval-data, data.eval_fraction=0.2 or data.folds=5", highlight=False)
     _print_next(folder, bool(sidecar and sidecar.task.classifies), console)
+
+
+def _what(config: Mapping[str, Any]) -> str:
+    names = {"PROMPT_TUNING": "", "FOREWORD_PLACED": " placed in the text"}
+    return names.get(config["peft_type"], f" ({config['peft_type']})")
 
 
 def print_scores(scores: Any, console: Console) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from foreword.data.labels import class_indices, label_names, require_text
-from foreword.data.template import parse, require_columns
+from foreword.data.template import Soft, parse, require_columns
 from foreword.errors import ForewordError
 from foreword.records import Example, Row, Table, Task
 
@@ -30,10 +32,11 @@ class Encoder:
         tokenizer: of the backbone.
         limit: most tokens of context and target together (the backbone's window less P).
         end_id: the end token every target is closed with; it is learnt.
+        virtual: ids of the virtual tokens, in their order; empty where they lie in a cache.
     """
 
-    def __init__(self, task: Task, tokenizer: Tokenizer, limit: int, end_id: int) -> None:
-        self.task, self.tokenizer, self.end_id = task, tokenizer, end_id
+    def __init__(self, task: Task, tokenizer: Tokenizer, limit: int, end_id: int, virtual: Sequence[int] = ()) -> None:
+        self.task, self.tokenizer, self.end_id, self.virtual = task, tokenizer, end_id, tuple(virtual)
         self.limit = min(limit, task.max_length) if task.max_length else limit
         self.template = parse(task.template)
         self.columns = tuple(f.column for f in self.template.fields)
@@ -41,15 +44,16 @@ class Encoder:
         """Token ids of each class's label words, end token included."""
 
     def context_ids(self, row: Row, room: int, number: int, origin: str) -> tuple[int, ...]:
-        """Ids of the rendered context; the template's cut fields give way beyond ``room`` tokens."""
-        ids = self._ids(self.template.render(row))
+        """Ids of the rendered context with its virtual tokens; the cut fields give way beyond ``room`` text tokens."""
+        ids = self._placed(row)
+        room += len(self.virtual)
         if len(ids) <= room:
             return ids
         low, high = 1, max(len(str(row[f.column])) for f in self.template.cuts)
         best: tuple[int, ...] | None = None
         while low <= high:  # the most characters that fit, by bisection
             kept = (low + high) // 2
-            ids = self._ids(self.template.render(self.template.shorten(row, kept)))
+            ids = self._placed(self.template.shorten(row, kept))
             if len(ids) <= room:
                 best, low = ids, kept + 1
             else:
@@ -117,6 +121,40 @@ class Encoder:
         whole = [c for c in self.columns if c not in {f.column for f in self.template.cuts}]
         mark = f", or mark {{{whole[0]}|cut}} in the template too" if whole else ""
         return f"shorten the target or the template{mark}"
+
+    def _placed(self, row: Row) -> tuple[int, ...]:
+        """Ids of a row's context, virtual ids where the template or the task's placement puts them."""
+        if not self.virtual or not self.template.soft_tokens:
+            ids = self._ids(self.template.render(row))
+            if self.task.placement == "end":
+                return (*ids, *self.virtual)
+            start = len(self._opening) if self.task.placement == "after-bos" else 0
+            return (*ids[:start], *self.virtual, *ids[start:])
+        found: list[int] = []
+        rest, first = iter(self.virtual), True
+        for piece in self.template.pieces(row):
+            if isinstance(piece, Soft):
+                found += itertools.islice(rest, piece.tokens)
+            else:
+                found += self._ids(piece) if first else self._raw(piece)
+                first = False
+        return tuple(found)
+
+    @property
+    def at_front(self) -> bool:
+        """Whether the virtual tokens stand together in front of everything, which is all that PEFT knows."""
+        if not self.virtual:
+            return True
+        if self.template.soft_tokens:
+            return self.template.parts[0] == Soft(self.template.soft_tokens)
+        return self.task.placement == "front" or (self.task.placement == "after-bos" and not self._opening)
+
+    @cached_property
+    def _opening(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text (BOS); mostly nothing."""
+        raw = self._raw("a")
+        ids = self._ids("a")
+        return ids[: len(ids) - len(raw)] if ids[len(ids) - len(raw) :] == raw else ()
 
     def _raw(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -11,6 +11,7 @@ from foreword.records import Row
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _CUTS = ("cut-start", "cut")
+_SOFT = re.compile(r"soft:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,18 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Soft:
+    """A place for virtual tokens in the template, ``{soft:N}``."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Template:
-    """A parsed template: literals and fields in order."""
+    """A parsed template: literals, fields and places for virtual tokens in order."""
 
     source: str
-    parts: tuple[str | Field, ...]
+    parts: tuple[str | Field | Soft, ...]
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -34,13 +42,28 @@ class Template:
         return tuple(p for p in self.parts if isinstance(p, Field))
 
     @property
+    def soft_tokens(self) -> int:
+        """Virtual tokens that the template places; 0 where it leaves that to ``prompt.placement``."""
+        return sum(p.tokens for p in self.parts if isinstance(p, Soft))
+
+    @property
     def closing(self) -> str:
         """The literal after the last field, such as ``" Label :"``; may be empty."""
         return self.parts[-1] if isinstance(self.parts[-1], str) else ""
 
+    def pieces(self, row: Row) -> list[str | Soft]:
+        """The context of a row: its text, cut where virtual tokens stand."""
+        found: list[str | Soft] = [""]
+        for part in self.parts:
+            if isinstance(part, Soft):
+                found += [part, ""]
+            else:
+                found[-1] = f"{found[-1]}{part if isinstance(part, str) else row[part.column]}"
+        return [p for p in found if p != ""] or [""]
+
     def render(self, row: Row) -> str:
-        """The context text of a row."""
-        return "".join(p if isinstance(p, str) else str(row[p.column]) for p in self.parts)
+        """The context text of a row, without virtual tokens."""
+        return "".join(p for p in self.pieces(row) if isinstance(p, str))
 
     @property
     def cuts(self) -> tuple[Field, ...]:
@@ -53,12 +76,13 @@ class Template:
 
 
 def parse(source: str) -> Template:
-    """Parses ``"Tweet text : {Tweet text|cut} Label :"``; ``{{`` and ``}}`` are plain braces.
+    """Parses ``"Tweet text : {Tweet text|cut} Label :"``; ``{{`` and ``}}`` are plain braces, ``{soft:8}`` a place for
+    eight virtual tokens.
 
     Spaces at the very end are dropped: they belong to the target, which is tokenised with
     its leading separator (a label after ``"Label : "`` is tokenised unlike running text).
     """
-    parts: list[str | Field] = []
+    parts: list[str | Field | Soft] = []
     literal, at = "", 0
     for match in _PIECE.finditer(source):
         literal += source[at : match.start()]
@@ -76,7 +100,8 @@ def parse(source: str) -> Template:
             if literal:
                 parts.append(literal)
             literal = ""
-            parts.append(_field(match.group(1), source))
+            soft = _SOFT.fullmatch(match.group(1))
+            parts.append(Soft(int(soft.group(1))) if soft else _field(match.group(1), source))
     literal = (literal + source[at:]).rstrip(" ")
     if literal:
         parts.append(literal)

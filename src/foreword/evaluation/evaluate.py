@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
+from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import Layout
 from foreword.backbone.generate import Sampling, generate
 from foreword.backbone.load import Backbone
 from foreword.evaluation.metrics import classification_scores, interval, point_scores, token_loss
 from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
 
 GENERATE_BATCH = 16
@@ -41,34 +42,46 @@ class Outcome:
 
 def run_rows(
     backbone: Backbone,
-    table: torch.Tensor,
+    prompt: SoftPrompt,
     examples: Sequence[Example],
     label_ids: Sequence[Sequence[int]],
     layout: Layout,
     progress: Progress = silent,
 ) -> Outcome:
-    """Runs one soft prompt (``table`` ``[P, H]``; ``[0, H]``: the plain backbone) over labelled rows.
+    """Runs a soft prompt over labelled rows (their contexts hold its virtual ids).
 
     Classes by likelihood of their label words; free text by its greedy continuation.
     """
     tokens = [len(e.target) for e in examples]
     if not label_ids:
-        logprobs = target_logprobs(backbone, table, examples, layout)
-        return Outcome([], tokens, logprobs, matches=greedy_matches(backbone, table, examples, progress))
+        logprobs = target_logprobs(backbone, prompt, examples, layout)
+        return Outcome([], tokens, logprobs, matches=greedy_matches(backbone, prompt, examples, progress))
     truth = [e.label or 0 for e in examples]
     branches = [label_ids] * len(examples)
-    scores = score_branches(backbone, table, [e.context for e in examples], branches, layout, progress)
+    scores = score_branches(backbone, prompt, [e.context for e in examples], branches, layout, progress)
     own = scores.full[np.arange(len(truth)), truth].tolist()
     return Outcome(truth, tokens, own, class_probabilities(scores, needs_end(label_ids)))
 
 
-def greedy_matches(backbone: Backbone, table: torch.Tensor, examples: Sequence[Example], progress: Progress) -> Floats:
+def run_plain(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    label_ids: Sequence[Sequence[int]],
+    layout: Layout,
+    progress: Progress = silent,
+) -> Outcome:
+    """The same rows by the backbone zero-shot: the template alone, without virtual tokens."""
+    plain = [replace(e, context=tuple(i for i in e.context if i < backbone.vocab_size)) for e in examples]
+    return run_rows(backbone, no_prompt(backbone), plain, label_ids, layout, progress)
+
+
+def greedy_matches(backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Example], progress: Progress) -> Floats:
     """1 where a row's greedy text is its target, white space at the ends aside ``[n]``."""
     longest = max(len(e.target) for e in examples)
     matches: list[bool] = []
     for at in range(0, len(examples), GENERATE_BATCH):
         batch = examples[at : at + GENERATE_BATCH]
-        texts = generate(backbone, table, [e.context for e in batch], Sampling(max_new_tokens=longest))
+        texts = generate(backbone, prompt, [e.context for e in batch], Sampling(max_new_tokens=longest))
         said = backbone.tokenizer.batch_decode(texts, skip_special_tokens=True)
         matches += [s.strip() == e.text.strip() for s, e in zip(said, batch, strict=True)]
         progress(len(batch))
@@ -143,8 +156,3 @@ def majority_baseline(counts: Sequence[int], truth: Sequence[int], classes: Sequ
         "macro_f1": scores["macro_f1"],
         "intervals": {k: scores["intervals"][k] for k in ("accuracy", "macro_f1")},
     }
-
-
-def no_prompt(backbone: Backbone) -> torch.Tensor:
-    """The empty soft prompt ``[0, H]``: the backbone zero-shot with the template alone."""
-    return torch.zeros(0, backbone.hidden_size, device=backbone.device)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from foreword.backbone.attach import attached
 from foreword.backbone.choose import Layout
 from foreword.backbone.forward import (
     compute_prefix,
@@ -22,8 +23,8 @@ from foreword.backbone.forward import (
     shared_logprobs,
 )
 from foreword.backbone.load import Backbone
-from foreword.backbone.virtual import VirtualTokens
 from foreword.data.encode import common_opening
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 
 Floats = NDArray[np.float64]
@@ -31,6 +32,9 @@ SCORING_BUDGET = 512
 """Tokens of one packed row when scoring: attention over the row grows with its square, and
 512 has the lowest time per token on 2 CPU cores (3.1 ms; 128: 4.2, 1024: 3.6)."""
 GPU_BUDGET = 4096
+
+
+LOGPROBS = {"packed": packed_logprobs, "shared": shared_logprobs, "rows": rows_logprobs}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class BranchScores:
 
 def score_branches(
     backbone: Backbone,
-    table: torch.Tensor,
+    prompt: SoftPrompt,
     contexts: Sequence[Sequence[int]],
     branches: Sequence[Sequence[Sequence[int]]],
     layout: Layout,
@@ -57,8 +61,8 @@ def score_branches(
 
     Args:
         backbone: the model.
-        table: soft prompt rows ``[P, H]``; ``[0, H]`` scores the plain backbone.
-        contexts: ids of each row's whole context.
+        prompt: the soft prompt; an empty one scores the plain backbone.
+        contexts: ids of each row's whole context, virtual ids included.
         branches: for each row its branches' ids, each closed by the end token.
         layout: how rows share a forward pass.
         progress: told the number of rows done since the last call.
@@ -68,16 +72,13 @@ def score_branches(
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     segments = [Segment(tuple(contexts[i][len(opening) :]), tuple(tuple(b) for b in branches[i])) for i in order]
     found: list[torch.Tensor] = []
-    with torch.no_grad(), VirtualTokens(backbone.embedding, table.to(backbone.device)) as virtual:
-        start = [*virtual.ids, *opening]
-        prefix = compute_prefix(backbone, start) if layout == "packed" and start else None
-        cost = 0 if prefix else len(start)
-        for batch in micro_batches(segments, cost, budget):
-            chosen = [segments[i] for i in batch]
-            if layout == "packed":
-                values = packed_logprobs(backbone, [(start, chosen)], prefix)
-            else:
-                values = (shared_logprobs if layout == "shared" else rows_logprobs)(backbone, [(start, chosen)])
+    with torch.no_grad(), attached(backbone, prompt) as prefix:
+        start: tuple[int, ...] = opening
+        if layout == "packed" and opening:
+            prefix, start = compute_prefix(backbone, opening, prefix), ()
+        for batch in micro_batches(segments, len(start), budget):
+            rows = [(start, [segments[i] for i in batch])]
+            values = LOGPROBS[layout](backbone, rows, prefix)
             found.append(values.double().cpu())
             progress(len(batch))
     return _gather(torch.cat(found), order, segments)
@@ -99,7 +100,7 @@ def needs_end(label_ids: Sequence[Sequence[int]]) -> bool:
 
 def classify(
     backbone: Backbone,
-    table: torch.Tensor,
+    prompt: SoftPrompt,
     contexts: Sequence[Sequence[int]],
     label_ids: Sequence[Sequence[int]],
     layout: Layout,
@@ -107,15 +108,13 @@ def classify(
 ) -> Floats:
     """Label probabilities ``[n, C]`` of each context; end tokens are only read where they decide."""
     branches = label_ids if needs_end(label_ids) else [ids[:-1] for ids in label_ids]
-    scores = score_branches(backbone, table, contexts, [branches] * len(contexts), layout, progress)
+    scores = score_branches(backbone, prompt, contexts, [branches] * len(contexts), layout, progress)
     return class_probabilities(scores, with_end=True)
 
 
-def target_logprobs(
-    backbone: Backbone, table: torch.Tensor, examples: Sequence[Example], layout: Layout
-) -> list[float]:
+def target_logprobs(backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Example], layout: Layout) -> list[float]:
     """Log-probability of each example's own target, end token included (free-text tasks)."""
-    scores = score_branches(backbone, table, [e.context for e in examples], [[e.target] for e in examples], layout)
+    scores = score_branches(backbone, prompt, [e.context for e in examples], [[e.target] for e in examples], layout)
     return [float(x) for x in scores.full[:, 0]]
 
 

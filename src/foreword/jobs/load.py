@@ -18,7 +18,7 @@ from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import no_prompt, run_rows, silent, with_baselines
+from foreword.evaluation.evaluate import run_plain, run_rows, silent, with_baselines
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.prepare import make_encoder, memory_explained
@@ -43,8 +43,8 @@ class Foreword:
 
     def __init__(self, adapter: Adapter, backbone: Backbone, task: Task) -> None:
         self.adapter, self.backbone, self.task = adapter, backbone, task
-        self.rows = adapter.rows.to(backbone.device)
-        self.encoder: Encoder = make_encoder(task, backbone, len(adapter.rows))
+        self.prompt = adapter.prompt.to(backbone.device)
+        self.encoder: Encoder = make_encoder(task, backbone, self.prompt.tokens, self.prompt.kind)
         self._layout: Layout | None = None
 
     @property
@@ -69,7 +69,7 @@ class Foreword:
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self._choose([Segment(c, label_ids) for c in contexts])
-            table = classify(self.backbone, self.rows, contexts, label_ids, layout, progress)
+            table = classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
         classes = self.task.classes
         return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
 
@@ -80,7 +80,7 @@ class Foreword:
         texts: list[str] = []
         with memory_explained(MEMORY_KNOB):
             for at in range(0, len(contexts), BATCH):
-                ids = generate(self.backbone, self.rows, contexts[at : at + BATCH], sampling)
+                ids = generate(self.backbone, self.prompt, contexts[at : at + BATCH], sampling)
                 texts += self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [t.removeprefix(self.task.separator) for t in texts]
 
@@ -88,7 +88,7 @@ class Foreword:
         """The same for one row, piece by piece as it is written."""
         (context,) = self._contexts([row])
         with memory_explained(MEMORY_KNOB):
-            yield from stream(self.backbone, self.rows, context, sampling or Sampling())
+            yield from stream(self.backbone, self.prompt, context, sampling or Sampling())
 
     def evaluate(
         self, data: Source, split: str = "test", incomplete: bool = False, progress: Any = silent
@@ -107,8 +107,8 @@ class Foreword:
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
-            outcome = run_rows(self.backbone, self.rows, examples, label_ids, layout, progress)
-            plain = run_rows(self.backbone, no_prompt(self.backbone), examples, label_ids, layout, progress)
+            outcome = run_rows(self.backbone, self.prompt, examples, label_ids, layout, progress)
+            plain = run_plain(self.backbone, examples, label_ids, layout, progress)
         classes = self.task.classes
         counts = self._training_counts() or [outcome.truth.count(c) for c in range(len(classes))]
         protocol = f"all {len(examples)} rows of {file_name(table.origin)}{self._trained_on(table)}"
@@ -145,7 +145,7 @@ class Foreword:
     def _choose(self, rows: Sequence[Segment]) -> Layout:
         """The layout, proved once on the first rows this object sees."""
         if self._layout is None:
-            self._layout = choose_layout(self.backbone, self.rows, rows, gradient=False).score
+            self._layout = choose_layout(self.backbone, self.prompt, rows, gradient=False).score
         return self._layout
 
 
@@ -206,11 +206,10 @@ def check_backbone(adapter: Adapter, backbone: Backbone, force: bool = False) ->
         "base_model_name_or_path"
     )
     where = f"adapter {adapter.folder} of {trained}, backbone {backbone.name}"
-    width = adapter.rows.shape[1]
-    if width != backbone.hidden_size:
-        raise ForewordError(
-            f"the soft prompt is {width} wide, the backbone {backbone.hidden_size}", where, f"load {trained}"
-        )
+    width, prompt = adapter.prompt.values.shape[1], adapter.prompt
+    own = backbone.hidden_size if prompt.kind == "rows" else backbone.geometry.width
+    if width != own:
+        raise ForewordError(f"the soft prompt is {width} wide, the backbone {own}", where, f"load {trained}")
     if force:
         return
     layers, actual = adapter.config.get("num_layers"), getattr(backbone.config, "num_hidden_layers", None)

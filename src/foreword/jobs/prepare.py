@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from foreword.artifact.folder import read_adapter
+from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate
+from foreword.backbone.attach import compiled
 from foreword.backbone.load import Backbone
-from foreword.config import PromptConfig
+from foreword.config import Member, PromptConfig, several
 from foreword.data.encode import Encoder
 from foreword.data.template import parse
 from foreword.errors import ForewordError
+from foreword.jobs.fewshot import FewShot
 from foreword.prompts import initialisers as init
+from foreword.prompts.initialisers import parse_init
+from foreword.prompts.methods.base import Method, Start
+from foreword.prompts.methods.registry import METHODS, build
+from foreword.prompts.soft import Kind
 from foreword.records import Task
 
 
-def make_encoder(task: Task, backbone: Backbone, virtual_tokens: int) -> Encoder:
-    """The encoder whose rows fit the backbone's window beside ``virtual_tokens``."""
-    limit = room_for_text(backbone.window, virtual_tokens, backbone.name)
-    return Encoder(task, backbone.tokenizer, limit, backbone.end_id)
+def make_encoder(task: Task, backbone: Backbone, tokens: int, kind: Kind = "rows", first: int = 0) -> Encoder:
+    """The encoder whose rows fit the backbone's window beside ``tokens`` virtual ones.
+
+    Rows of a soft prompt stand in the contexts as virtual ids from ``V + first``; a prefix does not.
+    """
+    limit = room_for_text(backbone.window, tokens, backbone.name)
+    start = backbone.vocab_size + first
+    virtual = range(start, start + tokens) if kind == "rows" else ()
+    return Encoder(task, backbone.tokenizer, limit, backbone.end_id, virtual)
 
 
 def room_for_text(window: int, virtual_tokens: int, name: str) -> int:
@@ -44,17 +56,65 @@ def instruction(task: Task) -> str:
     return f"Classify if the {columns} is {', '.join(head)} or {tail}:"
 
 
-def initial_rows(
-    config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, init_name: str, seed: int
+def settle_tokens(config: PromptConfig, task: Task, backbone: Backbone) -> PromptConfig:
+    """The prompt's configuration with its number of virtual tokens: the template's, the given one, or the source's."""
+    placed = parse(task.template).soft_tokens
+    if placed:
+        return replace(config, virtual_tokens=placed)
+    if config.virtual_tokens or config.method == "cpt":  # whose tokens are its examples'
+        return config
+    names = {name for init in several(config.init) for name, _ in parse_init(init, 0)}
+    if names == {"adapter"}:
+        return replace(config, virtual_tokens=_adapter(config, backbone).prompt.tokens)
+    if names == {"text"}:
+        return replace(config, virtual_tokens=len(_text_ids(config, task, backbone)))
+    raise ForewordError(
+        f"nothing says how many virtual tokens init={config.init} has",
+        "key prompt.virtual_tokens",
+        "give their number; only init=text and init=adapter bring one",
+    )
+
+
+def first_method(
+    config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, member: Member, examples: FewShot | None
+) -> Method:
+    """A member's soft prompt before its first step, by its initialiser, from a generator of its seed.
+
+    Args:
+        config: with its number of virtual tokens.
+        task: what is learnt.
+        encoder: of the task.
+        backbone: the model.
+        member: initialiser and seed.
+        examples: rows to start from (cpt).
+    """
+    generator = torch.Generator().manual_seed(member.seed)
+    if examples is not None:
+        rows = _embed(backbone, examples.ids)
+        return build(Start(rows, token_ids=examples.ids, token_types=examples.types), config, generator)
+    kind = METHODS[config.method].kind
+    adapter = _adapter(config, backbone) if member.init == "adapter" else None
+    if kind == "prefix" and member.init == "zero":
+        return build(Start(torch.zeros(config.virtual_tokens, backbone.geometry.width)), config, generator)
+    if adapter is not None and adapter.prompt.kind == kind == "prefix":
+        values = init.from_prefix(adapter.prompt.values, config.virtual_tokens)
+        return build(Start(values), config, generator)
+    if adapter is not None and config.method == "multitask" and "prefix_task_cols" in adapter.tensors:
+        tensors = adapter.tensors
+        factors = (tensors["prefix_task_cols"].float(), tensors["prefix_task_rows"].float())
+        return build(Start(tensors["prompt_embeddings"].float(), factors=factors), config, generator)
+    rows = _first_rows(config, task, encoder, backbone, member.init, generator)
+    return build(Start(compiled(backbone, rows) if kind == "prefix" else rows), config, generator)
+
+
+def _first_rows(
+    config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, name: str, generator: torch.Generator
 ) -> torch.Tensor:
-    """The first rows ``[P, H]`` of a member, by its initialiser, from a generator of its seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Rows ``[P, H]`` of an initialiser."""
     special = list(backbone.tokenizer.all_special_ids)
 
     def embed(ids: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            rows: torch.Tensor = backbone.embedding(torch.tensor(list(ids), device=backbone.device))
-            return rows.float().cpu()
+        return _embed(backbone, ids)
 
     def frequent() -> list[int]:
         found = init.frequent_ids(backbone.tokenizer.get_vocab(), special, backbone.vocab_size)
@@ -62,8 +122,7 @@ def initial_rows(
 
     def make(name: str) -> init.Initialiser:
         if name == "text":
-            text = config.init_text or instruction(task)
-            return init.from_text(backbone.tokenizer(text)["input_ids"], embed)
+            return init.from_text(_text_ids(config, task, backbone), embed)
         if name == "classes":
             return init.from_class_words([ids[:-1] for ids in encoder.label_ids], embed)
         if name == "vocabulary":
@@ -71,24 +130,52 @@ def initial_rows(
         if name == "random":
             return init.from_random(embed(frequent()[:512]), generator)
         if name == "adapter":
-            return init.from_rows(_adapter_rows(config.init_adapter, backbone))
+            return init.from_rows(_adapter_rows(config, backbone))
+        if name == "zero":
+            raise ForewordError("rows of zeros are no start", "prompt.init=zero", "it is for prefix-tuning alone")
         return init.peft_random(backbone.hidden_size, generator)
 
-    parts = [(make(name), size) for name, size in init.parse_init(init_name, config.virtual_tokens)]
+    parts = [(make(name), size) for name, size in parse_init(name, config.virtual_tokens)]
     return init.compose(parts)(config.virtual_tokens)
 
 
-def _adapter_rows(source: str, backbone: Backbone) -> torch.Tensor:
+def _embed(backbone: Backbone, ids: Sequence[int]) -> torch.Tensor:
+    """Embeddings ``[n, H]`` as the model reads them, float32."""
+    with torch.no_grad():
+        rows: torch.Tensor = backbone.embedding(torch.tensor(list(ids), device=backbone.device))
+        return rows.float().cpu()
+
+
+def _text_ids(config: PromptConfig, task: Task, backbone: Backbone) -> list[int]:
+    ids: list[int] = backbone.tokenizer(config.init_text or instruction(task))["input_ids"]
+    return ids
+
+
+def _adapter(config: PromptConfig, backbone: Backbone) -> Adapter:
+    source = config.init_adapter
     if not source:
         raise ForewordError("no adapter given to start from", "key prompt.init_adapter", "name a folder or hub id")
-    rows = read_adapter(locate(source)).rows
-    if rows.shape[1] != backbone.hidden_size:
+    adapter = read_adapter(locate(source))
+    prompt = adapter.prompt
+    width = backbone.hidden_size if prompt.kind == "rows" else backbone.geometry.width
+    if prompt.values.shape[1] != width:
         raise ForewordError(
-            f"the adapter's width is {rows.shape[1]}, the backbone's {backbone.hidden_size}",
+            f"the adapter's width is {prompt.values.shape[1]}, the backbone's {width}",
             f"prompt.init_adapter={source}, model {backbone.name}",
             "start from an adapter of the same backbone",
         )
-    return rows
+    return adapter
+
+
+def _adapter_rows(config: PromptConfig, backbone: Backbone) -> torch.Tensor:
+    prompt = _adapter(config, backbone).prompt
+    if prompt.kind != "rows":
+        raise ForewordError(
+            "a prefix of keys and values cannot become rows at the embedding",
+            f"prompt.init_adapter={config.init_adapter}",
+            "prompt.method=prefix-tuning",
+        )
+    return prompt.values
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foreword.backbone.load import end_token, load_tokenizer, window_of
 from foreword.config import Recipe
 from foreword.data.encode import Encoder
+from foreword.data.template import parse
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import room_for_text
+from foreword.prompts.methods.registry import find
 from foreword.records import Row, Task
 
 
@@ -40,18 +43,29 @@ def preview(recipe: Recipe, count: int, rows: Sequence[Row] | None = None) -> Pr
     tokenizer, config = load_tokenizer(recipe.model)
     limit = room_for_text(window_of(config), recipe.prompt.virtual_tokens, recipe.model.id)
     end = end_token([tokenizer.eos_token_id, config.eos_token_id], recipe.model.id)
-    encoder = Encoder(splits.task, tokenizer, limit, end)
+    task = replace(splits.task, placement=recipe.prompt.placement)
+    tokens = parse(task.template).soft_tokens or recipe.prompt.virtual_tokens
+    virtual = range(-tokens, 0) if find(recipe.prompt.method).kind == "rows" else ()
+    encoder = Encoder(task, tokenizer, limit, end, virtual)
     examples = encoder.examples(splits.train)
-    lengths = [len(e.context) + len(e.target) for e in examples]
+    lengths = [sum(i >= 0 for i in e.context) + len(e.target) for e in examples]
 
     def strings(ids: Sequence[int]) -> list[str]:
-        return [tokenizer.decode([i]) for i in ids]
+        """Token by token; neighbouring virtual tokens, whose ids are below 0 here, as one."""
+        runs = [(soft, list(found)) for soft, found in itertools.groupby(ids, key=lambda i: i < 0)]
+        return [
+            s for soft, found in runs for s in (_soft(len(found)) if soft else [tokenizer.decode([i]) for i in found])
+        ]
 
     return Preview(
-        splits.task,
+        task,
         [strings(ids) for ids in encoder.label_ids],
         [PreviewRow(e.number, strings(e.context), strings(e.target)) for e in examples[:count]],
         len(examples),
         max(lengths),
         sum(lengths) / len(lengths),
     )
+
+
+def _soft(tokens: int) -> list[str]:
+    return [f"<{tokens} virtual tokens>"]

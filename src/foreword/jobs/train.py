@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,27 @@ import torch
 from rich.console import Console
 
 from foreword.artifact.atomic import write_atomic
-from foreword.artifact.folder import peft_config, write_adapter
+from foreword.artifact.folder import write_adapter
 from foreword.artifact.lock import run_folder
+from foreword.artifact.peft_types import peft_config, placed_config
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, choose_device, load_backbone
 from foreword.checks import check
-from foreword.config import Recipe, members
+from foreword.config import PromptConfig, Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import Outcome, no_prompt, pooled, run_rows, with_baselines
+from foreword.evaluation.evaluate import Outcome, pooled, run_plain, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
-from foreword.jobs.prepare import initial_rows, instruction, make_encoder, memory_explained
+from foreword.jobs.derive import backbone_facts, library_versions
+from foreword.jobs.fewshot import FewShot, few_shot
+from foreword.jobs.prepare import first_method, instruction, make_encoder, memory_explained, settle_tokens
 from foreword.jobs.training import Trained, say, train_in, validator
 from foreword.prompts.initialisers import parse_init
+from foreword.prompts.methods.base import Method
+from foreword.prompts.methods.cpt import label_targets
+from foreword.prompts.methods.registry import METHODS, find, with_rates
+from foreword.prompts.soft import SoftPrompt
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
@@ -62,16 +69,22 @@ def run(
     check(recipe)
     _check_names(recipe)
     splits = read_splits(recipe.data, rows, eval_rows)
+    splits = replace(splits, task=replace(splits.task, placement=recipe.prompt.placement))
     with run_folder(out, resume), memory_explained(MEMORY_KNOB):
         if resume:
-            _same_run(recipe, splits, out)
+            same_run(recipe, splits.data_hash, out)
         job = _Job(recipe, splits, out, console)
-        if not (out / RECIPE).is_file():
-            write_atomic(out / DATA_HASH, splits.data_hash.encode())
-            write_atomic(out / RECIPE, to_yaml(recipe).encode())  # last: it says that a run was started
+        mark_started(recipe, splits.data_hash, out)
         trained = job.train()
         job.write(trained, job.score(trained.kept))
     return job.backbone
+
+
+def mark_started(recipe: Recipe, data_hash: str, out: Path) -> None:
+    """Leaves in the run folder what a resumed run must have in common with this one."""
+    if not (out / RECIPE).is_file():
+        write_atomic(out / DATA_HASH, data_hash.encode())
+        write_atomic(out / RECIPE, to_yaml(recipe).encode())  # last: it says that a run was started
 
 
 class _Job:
@@ -80,24 +93,25 @@ class _Job:
     def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console) -> None:
         self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
         self.backbone: Backbone = load_backbone(recipe.model)
-        self.encoder: Encoder = make_encoder(splits.task, self.backbone, recipe.prompt.virtual_tokens)
+        self.few_shot: FewShot | None = None
+        self.prompt = self._settle_prompt()
+        kind = METHODS[self.prompt.method].kind
+        self.encoder: Encoder = make_encoder(splits.task, self.backbone, self.prompt.virtual_tokens, kind)
         self.examples = self.encoder.examples(splits.train)
         self.validation = self.encoder.examples(splits.validation) if splits.validation else []
         self.held_out = self.encoder.examples(splits.held_out) if splits.held_out else []
-        self.members = members(recipe)
-        self.first_rows = [
-            initial_rows(recipe.prompt, splits.task, self.encoder, self.backbone, m.init, m.seed) for m in self.members
+        self.members = with_rates(members(recipe), recipe.prompt.method)
+        self.methods = [
+            first_method(self.prompt, splits.task, self.encoder, self.backbone, m, self.few_shot) for m in self.members
         ]
-        self.layout: Choice = choose_layout(
-            self.backbone, self.first_rows[0].to(self.backbone.device), self._layout_sample()
-        )
+        self.layout: Choice = choose_layout(self.backbone, self.methods[0].soft_prompt(), self._layout_sample())
         self._introduce()
 
     def train(self) -> Trained:
         """The population on all training rows."""
         return self._train_on(self.out, self.examples, "training")
 
-    def score(self, kept: torch.Tensor) -> dict[str, Any]:
+    def score(self, kept: SoftPrompt) -> dict[str, Any]:
         """Held-out or cross-validated scores beside the baselines; empty without such rows."""
         if not self.splits.protocol:
             return {}
@@ -110,7 +124,7 @@ class _Job:
             with counting(self.console, "scoring", len(rows)) as progress:
                 outcome = run_rows(self.backbone, kept, rows, label_ids, layout, progress)
         with counting(self.console, "baseline", len(rows)) as progress:
-            plain = run_rows(self.backbone, no_prompt(self.backbone), rows, label_ids, layout, progress)
+            plain = run_plain(self.backbone, rows, label_ids, layout, progress)
         return with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
 
     def write(self, trained: Trained, scores: dict[str, Any]) -> None:
@@ -125,27 +139,32 @@ class _Job:
     def _write_adapter(self, out: Path, state: State, figures: dict[str, Any], scores: dict[str, Any]) -> None:
         recipe, backbone, member, kept = self.recipe, self.backbone, state.member, state.kept
         init_text = (recipe.prompt.init_text or instruction(self.splits.task)) if member.init == "text" else None
-        adapter = peft_config(kept, backbone.config, backbone.name, backbone.revision, init_text)
+        adapter = self._adapter_config(kept, init_text)
         sidecar = Sidecar(
             task=self.splits.task,
-            backbone={
-                "name": backbone.name,
-                "revision": backbone.revision,
-                "commit": getattr(backbone.model.config, "_commit_hash", None),
-                "fingerprint": backbone.fingerprint.as_dict(),
-            },
+            backbone=backbone_facts(backbone),
             scores=scores,
             training={
                 "rows": len(self.examples), "label_counts": self._label_counts(), "data_sha256": self.splits.data_hash,
-                "seed": member.seed, "data_seed": recipe.data.seed, "init": member.init, "init_text": init_text,
-                "lr": member.lr, "population": len(self.members), "layout": self.layout.train,
+                "method": self.prompt.method, "seed": member.seed, "data_seed": recipe.data.seed, "init": member.init,
+                "init_text": init_text, "lr": member.lr, "population": len(self.members), "layout": self.layout.train,
                 "device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch."), **figures,
             },
-            versions={name: version(name) for name in ("foreword", "torch", "transformers", "tokenizers")},
+            versions=library_versions(),
         )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "README.md", model_card(adapter, sidecar).encode())
-        write_adapter(out, kept, adapter, sidecar)
+        write_adapter(out, kept.stored(), adapter, sidecar)
+
+    def _adapter_config(self, kept: Method, init_text: str | None) -> dict[str, Any]:
+        backbone, few = self.backbone, self.few_shot
+        config = peft_config(
+            kept.peft_type, kept.stored(), model_config=backbone.config, base=backbone.name,
+            revision=backbone.revision, prompt=self.prompt, init_text=init_text,
+            geometry=backbone.geometry if kept.kind == "prefix" else None,
+            token_ids=few.ids if few else (), token_types=few.types if few else (),
+        )  # fmt: skip
+        return config if self.encoder.at_front else placed_config(config)
 
     def _cross_validate(self) -> Outcome:
         """Trains once a fold on the other rows and pools the held-out results."""
@@ -161,10 +180,22 @@ class _Job:
         validate = None
         if self.validation and self.recipe.train.select != "last":
             validate = validator(self.backbone, self.validation, self.encoder.label_ids, self.layout)
+        few, decay = self.few_shot, self.prompt.loss_decay
+        # The row's own label is the last one and counts in full: those in the context decay from it.
+        leads = [(at, t, w * decay) for at, t, w in label_targets(few.ids, few.types, decay)] if few else []
         return train_in(
-            folder, self.backbone, self.first_rows, self.members, examples, self.recipe.train, self.layout,
-            self.console, validate, title,
+            folder, self.backbone, self.methods, self.members, [e.segment for e in examples], self.recipe.train,
+            self.layout, self.console, validate, title, leads,
         )  # fmt: skip
+
+    def _settle_prompt(self) -> PromptConfig:
+        """The prompt with its number of virtual tokens, and the rows it is made of (cpt)."""
+        prompt, splits = self.recipe.prompt, self.splits
+        if prompt.method != "cpt":
+            return settle_tokens(prompt, splits.task, self.backbone)
+        bare = make_encoder(splits.task, self.backbone, 0)
+        self.few_shot = few_shot(bare, splits.train, bare.examples(splits.train), prompt.virtual_tokens)
+        return replace(prompt, virtual_tokens=len(self.few_shot.ids))
 
     def _layout_sample(self) -> list[Segment]:
         """Rows as training and scoring will see them: all classes, or the own target."""
@@ -177,14 +208,23 @@ class _Job:
 
     def _introduce(self) -> None:
         """Model, device, rows, layout and the guide's line of trainable parameters."""
-        b, trainable = self.backbone, sum(rows.numel() for rows in self.first_rows)
+        b, trainable = self.backbone, sum(p.numel() for m in self.methods for p in m.parameters() if p.requires_grad)
         total = b.parameters + trainable
         plan = make_plan(len(self.examples), self.recipe.train)
         kind = f"{len(self.splits.task.classes)} classes" if self.splits.task.classifies else "free text"
+        p = self.prompt
+        where = (
+            ""
+            if self.encoder.at_front
+            else ", in the template"
+            if self.encoder.template.soft_tokens
+            else f", {p.placement}"
+        )
         for line in (
             f"backbone {b.name} on {b.device}, {str(b.dtype).removeprefix('torch.')}",
             f"rows {len(self.examples)} to train, {len(self.validation)} to validate, "
             f"{len(self.held_out)} held out; {kind}; {plan.steps} steps",
+            f"{p.method}, {p.virtual_tokens} virtual tokens{where}",
             f"layout {self.layout.train}: {self.layout.reason}",
             f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}",
         ):
@@ -207,11 +247,12 @@ def _check_names(recipe: Recipe) -> None:
     choose_engine(recipe.train.engine, choose_device(recipe.model.device), 1, 1, 1, 1)
     for member in members(recipe):
         parse_init(member.init, recipe.prompt.virtual_tokens)
-    probe = build_optimizer(torch.nn.Parameter(torch.zeros(1, 1)), recipe.train, 0.1)
+    find(recipe.prompt.method)
+    probe = build_optimizer([torch.nn.Parameter(torch.zeros(1, 1))], recipe.train, 0.1)
     build_schedule(probe, recipe.train, 10)
 
 
-def _same_run(recipe: Recipe, splits: Splits, out: Path) -> None:
+def same_run(recipe: Recipe, data_hash: str, out: Path) -> None:
     """Refuses to resume with other choices or other rows than the run was started with."""
     if not (out / RECIPE).is_file():
         return  # nothing was started there yet
@@ -229,5 +270,5 @@ def _same_run(recipe: Recipe, splits: Splits, out: Path) -> None:
             str(out / RECIPE),
             "leave them out (the run knows them), or give another --out",
         )
-    if (out / DATA_HASH).read_text() != splits.data_hash:
+    if (out / DATA_HASH).read_text() != data_hash:
         raise ForewordError("the training rows are not those the run was started with", str(out), "give another --out")

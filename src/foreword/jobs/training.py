@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from foreword.backbone.choose import Choice
@@ -19,10 +18,12 @@ from foreword.backbone.load import Backbone
 from foreword.backbone.memory import MB, Peak
 from foreword.config import Member, TrainConfig
 from foreword.evaluation.evaluate import run_rows, validation_scores
-from foreword.records import Example
+from foreword.prompts.methods.base import Method
+from foreword.prompts.soft import SoftPrompt
+from foreword.records import Example, Segment
 from foreword.training.checkpoint import read_checkpoint, write_checkpoint
 from foreword.training.loop import Event, Hooks, Validate, train
-from foreword.training.prepare import prepared
+from foreword.training.prepare import Leads, prepared
 from foreword.training.progress import Display, MetricsFile
 from foreword.training.state import Population, make_plan, start
 
@@ -36,9 +37,9 @@ class Trained:
     peak_bytes: int | None
 
     @property
-    def kept(self) -> torch.Tensor:
-        """Rows ``[P, H]`` of the best member."""
-        return self.population.states[self.population.best].kept
+    def kept(self) -> SoftPrompt:
+        """The soft prompt of the best member."""
+        return self.population.states[self.population.best].kept.soft_prompt()
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -54,18 +55,19 @@ class Trained:
 def train_in(
     folder: Path,
     backbone: Backbone,
-    rows: Sequence[torch.Tensor],
+    methods: Sequence[Method],
     members: Sequence[Member],
-    examples: Sequence[Example],
+    rows: Sequence[Segment],
     config: TrainConfig,
     layout: Choice,
     console: Console,
     validate: Validate | None = None,
     title: str = "training",
+    leads: Leads = (),
 ) -> Trained:
-    """Trains a population from ``rows``, each ``[P, H]``, or from the folder's checkpoint."""
+    """Trains a population from ``methods``, or from the folder's checkpoint, on rows with whole contexts."""
     folder.mkdir(parents=True, exist_ok=True)
-    population = start(rows, members, config, make_plan(len(examples), config), backbone.device)
+    population = start(methods, members, config, make_plan(len(rows), config), backbone.device)
     if (checkpoint := read_checkpoint(folder)) is not None:
         population.restore(checkpoint)
         say(console, f"resumed after step {population.step} of {population.plan.steps}")
@@ -76,7 +78,7 @@ def train_in(
         write_checkpoint(folder, population.checkpoint())
 
     try:
-        with prepared(backbone, examples, population, config, layout.train) as ready:
+        with prepared(backbone, rows, population, config, layout.train, leads) as ready:
             for note in ready.notes:
                 say(console, note)
             peak = Peak(backbone.device)
@@ -106,10 +108,10 @@ def validator(
     label_ids: Sequence[Sequence[int]],
     layout: Choice,
 ) -> Validate:
-    """Scores rows ``[P, H]`` on validation examples."""
+    """Scores a soft prompt on validation examples."""
 
-    def validate(rows: torch.Tensor) -> dict[str, float]:
-        return validation_scores(run_rows(backbone, rows, examples, label_ids, layout.score))
+    def validate(prompt: SoftPrompt) -> dict[str, float]:
+        return validation_scores(run_rows(backbone, prompt, examples, label_ids, layout.score))
 
     return validate
 

@@ -8,7 +8,7 @@ class-label initialisation; text initialisation is PEFT's TEXT.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ Embed = Callable[[Sequence[int]], torch.Tensor]
 Initialiser = Callable[[int], torch.Tensor]
 """Number of rows ``n`` -> rows ``[n, H]``."""
 
-NAMES = ("text", "classes", "vocabulary", "random", "adapter", "peft-random")
+NAMES = ("text", "classes", "vocabulary", "random", "adapter", "zero", "peft-random")
 FREQUENT = 5000
 """Byte-pair vocabularies are sorted by merge rank, so their first ids are the frequent ones
 (the paper samples the 5,000 most common tokens)."""
@@ -71,6 +71,17 @@ def from_rows(rows: torch.Tensor) -> Initialiser:
     return lambda n: rows.float()[torch.arange(n) % rows.shape[0]].clone()
 
 
+def from_prefix(values: torch.Tensor, n: int) -> torch.Tensor:
+    """The first ``n`` tokens of another prefix ``[P, W]``: keys know their place and cannot be tiled."""
+    if n > len(values):
+        raise ForewordError(
+            f"the adapter has {len(values)} virtual tokens, {n} are asked for",
+            "key prompt.virtual_tokens",
+            "prompt.virtual_tokens=0 takes as many as it has",
+        )
+    return values[:n].float().clone()
+
+
 def compose(parts: Sequence[tuple[Initialiser, int]]) -> Initialiser:
     """Rows of several initialisers one after the other; a size of 0 takes what the others leave."""
 
@@ -97,6 +108,7 @@ def parse_init(text: str, virtual_tokens: int) -> list[tuple[str, int]]:
         parts.append((match.group(1), int(match.group(2) or 0)))
     fixed, open_parts = sum(size for _, size in parts), sum(1 for _, size in parts if size == 0)
     fits = fixed < virtual_tokens if open_parts == 1 else fixed == virtual_tokens and open_parts == 0
+    fits = fits or (virtual_tokens == 0 and open_parts == len(parts) == 1)  # as many as its source has
     if not fits:
         raise ForewordError(
             f"the parts do not add up to {virtual_tokens} virtual tokens",
@@ -106,11 +118,11 @@ def parse_init(text: str, virtual_tokens: int) -> list[tuple[str, int]]:
     return parts
 
 
-def frequent_ids(vocab: dict[str, int], special: Sequence[int], limit: int) -> list[int]:
+def frequent_ids(vocab: Mapping[str, int], special: Sequence[int], limit: int, most: int = FREQUENT) -> list[int]:
     """Ids of frequent ordinary tokens: the lowest ids that are words, without specials."""
     refused = set(special)
     words = sorted(i for t, i in vocab.items() if i < limit and i not in refused and _ordinary(t))
-    return words[:FREQUENT]
+    return words[:most]
 
 
 def _ordinary(token: str) -> bool:

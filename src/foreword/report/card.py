@@ -26,19 +26,33 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
     lines = [
         "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
         "# Soft prompt", "",
-        f"{adapter['num_virtual_tokens']} virtual tokens of width {adapter['token_dim']} for the frozen model "
-        f"`{base}`, trained with Foreword on "
-        f"{sidecar.training['rows']} rows.", "",
+        f"{adapter['num_virtual_tokens']} virtual tokens ({_kind(adapter)}) for the frozen model "
+        f"`{base}`, {_origin(sidecar)}.", "",
         "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
         *_classes(sidecar), *_scores(sidecar.scores), *_usage(sidecar, base), *_training(sidecar),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
+def _kind(adapter: Mapping[str, Any]) -> str:
+    """What the tokens are, with their size."""
+    if adapter["peft_type"] in ("PREFIX_TUNING", "CARTRIDGE"):
+        return f"keys and values of {adapter['num_layers']} layers, {adapter['token_dim']} wide"
+    return f"rows at the embedding, {adapter['token_dim']} wide"
+
+
+def _origin(sidecar: Sidecar) -> str:
+    training = sidecar.training
+    if "how" in training:
+        return f"{training['how']} by Foreword from {', '.join(f'`{s}`' for s in training['from'])}"
+    return f"trained with Foreword on {training['rows']} rows"
+
+
 def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
     named = [
         ("soft prompt", scores),
+        ("full text", scores["baselines"].get("full_text")),
         ("zero-shot", scores["baselines"].get("zero_shot")),
         ("majority class", scores["baselines"].get("majority")),
     ]

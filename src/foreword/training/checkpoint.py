@@ -49,11 +49,13 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimiser's state as named tensors and JSON-safe values (one parameter, one group)."""
+    """The optimiser's state as named tensors and JSON-safe values (one group)."""
     state = optimizer.state_dict()
-    entries = state["state"].get(0, {})
-    tensors = {f"optimizer.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)}
-    values = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for i, entries in state["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v for k, v in entries.items() if isinstance(v, torch.Tensor)}
+        values[str(i)] = {k: v for k, v in entries.items() if not isinstance(v, torch.Tensor)}
     group = {k: v for k, v in state["param_groups"][0].items() if k not in ("params", "capturable")}
     group["lr"] = float(group["lr"])  # a tensor where the step is captured
     return tensors, {"values": values, "group": group}
@@ -63,11 +65,14 @@ def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], values: dict[str, Any]
 ) -> None:
     """Puts back what ``pack_optimizer`` took out."""
-    entries = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    state: dict[int, dict[str, Any]] = {int(i): dict(found) for i, found in values["values"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".", 2)
+            state[int(i)][key] = tensor
     group = dict(values["group"])
-    group["params"] = [0]
+    group["params"] = list(range(len(optimizer.param_groups[0]["params"])))
     group |= {k: v for k, v in optimizer.param_groups[0].items() if k == "capturable"}
     if isinstance(group.get("betas"), list):  # JSON has no tuples
         group["betas"] = tuple(group["betas"])
-    state = {0: {**entries, **values["values"]}} if entries or values["values"] else {}
     optimizer.load_state_dict({"state": state, "param_groups": [group]})

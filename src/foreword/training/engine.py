@@ -14,9 +14,9 @@ from typing import Literal, Protocol
 
 import torch
 
+from foreword.backbone.attach import together
 from foreword.backbone.forward import run
 from foreword.backbone.load import Backbone
-from foreword.backbone.virtual import VirtualTokens
 from foreword.config import TrainConfig
 from foreword.errors import ForewordError
 from foreword.records import Segment
@@ -88,11 +88,10 @@ class Eager:
 
 def accumulate(backbone: Backbone, states: Sequence[State], part: Pass, config: TrainConfig) -> torch.Tensor:
     """Forward and backward of one pass; returns each member's share of its loss ``[K]``."""
-    rows: list[torch.Tensor] = [s.rows for s in states]
-    table = torch.cat(rows) if len(rows) > 1 else rows[0]
+    values = [s.method() for s in states]
     part = part.to(backbone.device)
-    with VirtualTokens(backbone.embedding, table), _autocast(backbone, config):
-        logprobs = run(backbone, part.row)
+    with together(backbone, values, states[0].method.kind, part.members) as prefix, _autocast(backbone, config):
+        logprobs = run(backbone, part.row, prefix)
     losses = part.losses(logprobs, len(states))
     losses.sum().backward()  # type: ignore[no-untyped-call]
     return losses.detach()
@@ -103,8 +102,9 @@ def update(states: Sequence[State], config: TrainConfig) -> torch.Tensor:
     clip = config.clip if config.clip > 0 else math.inf
     norms = []
     for state in states:
-        norms.append(torch.nn.utils.clip_grad_norm_([state.rows], clip))
+        norms.append(torch.nn.utils.clip_grad_norm_(state.parameters, clip))
         state.optimizer.step()
+        state.method.project()
     return torch.stack(norms)
 
 

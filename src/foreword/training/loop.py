@@ -16,6 +16,7 @@ import torch
 
 from foreword.config import TrainConfig
 from foreword.errors import ForewordError
+from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
 from foreword.training.engine import Engine, Figures
 from foreword.training.optim import rate
@@ -23,8 +24,8 @@ from foreword.training.state import Population, State
 
 Event = Mapping[str, Any]
 Callback = Callable[[Event], None]
-Validate = Callable[[torch.Tensor], dict[str, float]]
-"""Rows ``[P, H]`` -> scores on the validation rows (loss, accuracy, macro_f1)."""
+Validate = Callable[[SoftPrompt], dict[str, float]]
+"""Soft prompt -> scores on the validation rows (loss, accuracy, macro_f1)."""
 
 AHEAD = 64
 """Steps whose rows are laid out at a time."""
@@ -38,7 +39,7 @@ class Hooks:
     """What a run does beside training.
 
     Args:
-        validate: scores rows on validation data, for best-of and early stopping.
+        validate: scores a soft prompt on validation data, for best-of and early stopping.
         on_event: told every step (``{"event": "step", ...}``) and validation, as plain dicts.
         save: writes a checkpoint of the population.
         interrupted: asked after every step; when true the population is saved and
@@ -142,7 +143,7 @@ def _validate(population: Population, states: Sequence[State], config: TrainConf
         return False
     log.flush()
     for state in states:
-        scores = hooks.validate(state.rows.detach())
+        scores = hooks.validate(state.method.soft_prompt())
         better = _keep_best(scores, state, config)
         event = {"event": "validation", "step": state.step, "epoch": epoch, "best": better, **scores}
         if len(population.states) > 1:
@@ -153,11 +154,12 @@ def _validate(population: Population, states: Sequence[State], config: TrainConf
 
 
 def _keep_best(scores: dict[str, float], state: State, config: TrainConfig) -> bool:
-    """Keeps the best rows so far and counts how long ago that was."""
+    """Keeps the best so far and counts how long ago that was."""
     score = -scores["loss"] if config.select == "loss" else scores[config.select]
     better = score > state.best_score
     if better:
-        state.best_score, state.best_rows, state.stale = score, state.rows.detach().clone(), 0
+        state.best_score, state.stale = score, 0
+        state.best = {name: tensor.detach().clone() for name, tensor in state.method.state_dict().items()}
     else:
         state.stale += 1
     state.stopped = bool(config.patience) and state.stale >= config.patience
@@ -174,7 +176,7 @@ def _due(config: TrainConfig, step: int, since: float) -> bool:
 
 
 def _on_cpu(population: Population) -> bool:
-    return population.states[0].rows.device.type == "cpu"
+    return population.states[0].parameters[0].device.type == "cpu"
 
 
 def _check_finite(state: State, step: int, loss: float, norm: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from foreword.config import TrainConfig
 from foreword.errors import ForewordError, nearest
 
 
-def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimiser over one soft prompt ``[P, H]``; AdamW as in the guide by default."""
+def build_optimizer(parameters: Sequence[torch.nn.Parameter], config: TrainConfig, lr: float) -> torch.optim.Optimizer:
+    """The optimiser over one soft prompt's parameters; AdamW as in the guide by default."""
     known: dict[str, Any] = {
         name.lower(): cls
         for name, cls in vars(torch.optim).items()
@@ -29,7 +30,7 @@ def build_optimizer(rows: torch.nn.Parameter, config: TrainConfig, lr: float) ->
         )
     accepted = inspect.signature(cls).parameters
     kwargs: dict[str, Any] = {"weight_decay": config.weight_decay} if "weight_decay" in accepted else {}
-    optimizer: torch.optim.Optimizer = cls([rows], lr=lr, **kwargs)
+    optimizer: torch.optim.Optimizer = cls(list(parameters), lr=lr, **kwargs)
     return optimizer
 
 

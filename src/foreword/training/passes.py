@@ -7,14 +7,14 @@ split into passes, and whoever else is in them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from foreword.backbone.choose import Layout
 from foreword.backbone.forward import micro_batches
-from foreword.backbone.layout import Packed, pack, right_padded
+from foreword.backbone.layout import Packed, pack, right_padded, weighted
 from foreword.records import Segment
 
 Part = tuple[int, list[Segment]]
@@ -34,12 +34,13 @@ class Pass:
     """One forward and backward pass. Padding has a count of 0."""
 
     row: Packed
-    owner: torch.Tensor  # [M]; whose loss a target belongs to
-    count: torch.Tensor  # [M]; targets of the owner's whole step
+    owner: torch.Tensor  # [U]; whose loss a place's targets belong to
+    count: torch.Tensor  # [U]; targets of the owner's whole step
+    members: torch.Tensor  # [R]; who a row belongs to
 
     def to(self, device: torch.device) -> Pass:
         """The same on a device."""
-        return Pass(self.row.to(device), self.owner.to(device), self.count.to(device))
+        return Pass(self.row.to(device), self.owner.to(device), self.count.to(device), self.members.to(device))
 
     @property
     def shape(self) -> Shape:
@@ -58,24 +59,28 @@ class Reader:
     """How batches become passes.
 
     Args:
-        opening: ids between soft prompt and segments (the template's constant beginning).
-        base: first virtual id; member ``k`` of those who train has ``P`` ids from ``base + k * P``.
-        virtual_tokens: ``P``.
+        opening: ids all segments begin with (mostly virtual tokens and the template's constant beginning).
+        base: first virtual id; those of member ``k`` are moved by ``k * table``.
+        table: rows of one member's table; 0 for prefixes.
         batch_size: most rows of a member in one pass.
         budget: most tokens of one pass.
         layout: how rows share it.
+        cached: tokens of a prefix.
+        leads: targets inside the opening, for every segment once: (place, target id, weight).
     """
 
     opening: tuple[int, ...]
     base: int
-    virtual_tokens: int
+    table: int
     batch_size: int
     budget: int
     layout: Layout
+    cached: int = 0
+    leads: tuple[tuple[int, int, float], ...] = ()
 
     def parts(self, batches: Sequence[Sequence[Segment]]) -> Iterator[list[Part]]:
         """Which rows of which member share a pass: the i-th parts of all, as far as the budget goes."""
-        lead = self.virtual_tokens + len(self.opening)
+        lead = len(self.opening)
         split = [self._split(batch, lead) for batch in batches]
         for i in range(max(map(len, split))):
             together: list[Part] = []
@@ -93,7 +98,7 @@ class Reader:
 
     def read(self, batches: Sequence[Sequence[Segment]]) -> list[Pass]:
         """The passes of one step: a batch of segments for each member who trains."""
-        counts = [sum(len(b) for s in batch for b in s.branches) for batch in batches]
+        counts = [sum(len(self.leads) + len(s.branches[0]) for s in batch) for batch in batches]
         return [self._pass(parts, counts) for parts in self.parts(batches)]
 
     def _split(self, batch: Sequence[Segment], lead: int) -> list[list[Segment]]:
@@ -101,11 +106,22 @@ class Reader:
         return [[chunk[i] for i in part] for chunk in chunks for part in micro_batches(chunk, lead, self.budget)]
 
     def _pass(self, parts: Sequence[Part], counts: Sequence[int]) -> Pass:
-        rows = [((*self._ids(k), *self.opening), segments) for k, segments in parts]
-        row = pack(rows) if self.layout == "packed" else right_padded(rows)
-        owner = [k for k, segments in parts for s in segments for b in s.branches for _ in b]
-        return Pass(row, torch.tensor(owner), torch.tensor([counts[k] for k in owner]))
+        rows = [(self.opening, segments) for _, segments in parts]
+        packed = self.layout == "packed"
+        row = pack(rows, self.cached) if packed else right_padded(rows)
+        members = torch.tensor([k for k, segments in parts for _ in range(1 if packed else len(segments))])
+        row = replace(row, ids=row.ids + (row.ids >= self.base) * (members * self.table)[:, None])
+        owner = [k for k, segments in parts for s in segments for _ in s.branches[0]]
+        if self.leads or any(s.soft for _, segments in parts for s in segments):
+            row = weighted(row, [s for _, segments in parts for s in segments], self._leads(parts, row))
+            owner += [k for k, _ in parts for _ in self.leads]
+        return Pass(row, torch.tensor(owner), torch.tensor([counts[k] for k in owner]), members)
 
-    def _ids(self, k: int) -> range:
-        first = self.base + k * self.virtual_tokens
-        return range(first, first + self.virtual_tokens)
+    def _leads(self, parts: Sequence[Part], row: Packed) -> list[tuple[int, int, float]]:
+        """The opening's targets, at each part's first copy of it, for all of the part's segments."""
+        found = []
+        first, width = 0, row.ids.shape[1]
+        for _, segments in parts:
+            found += [(first * width + at, target, weight * len(segments)) for at, target, weight in self.leads]
+            first += 1 if self.layout == "packed" else len(segments)
+        return found

@@ -16,7 +16,7 @@ from foreword.backbone.memory import MB, Peak, free_memory
 from foreword.config import TrainConfig
 from foreword.data.encode import common_opening
 from foreword.errors import ForewordError
-from foreword.records import Example, Segment
+from foreword.records import Segment
 from foreword.training.engine import Eager, Engine, EngineName, accumulate, choose_engine, token_budget
 from foreword.training.passes import Reader
 from foreword.training.state import Population, State, start
@@ -31,6 +31,7 @@ TRIALS = 3
 TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
 """Largest relative difference of a loss from plain steps; low precisions differ by themselves."""
 LOW_PRECISION = 0.1
+Leads = Sequence[tuple[int, int, float]]
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,30 @@ class Prepared:
 
 @contextmanager
 def prepared(
-    backbone: Backbone, examples: Sequence[Example], population: Population, config: TrainConfig, layout: Layout
-) -> Iterator[Prepared]:
+    backbone: Backbone, rows: Sequence[Segment], population: Population, config: TrainConfig, layout: Layout,
+    leads: Leads = (),
+) -> Iterator[Prepared]:  # fmt: skip
     """The engine for a population, inside a ``with`` block that undoes what it did to the layers.
+
+    Args:
+        backbone: the model.
+        rows: training rows with whole contexts, virtual ids included.
+        population: fresh or restored.
+        config: the optimisation.
+        layout: how rows share a pass.
+        leads: targets inside the soft prompt itself, as ``Reader`` takes them.
 
     Raises:
         ForewordError: an engine was asked for by name and does not work here.
     """
-    opening = common_opening([e.context for e in examples])
-    segments = [Segment(e.context[len(opening) :], (e.target,)) for e in examples]
-    p = population.states[0].rows.shape[0]
+    opening = common_opening([s.context for s in rows])
+    segments = [replace(s, context=s.context[len(opening) :]) for s in rows]
+    prompt = population.states[0].method.soft_prompt()
     budget = token_budget(config, backbone.device)
-    reader = Reader(opening, backbone.vocab_size, p, config.batch_size, budget, layout)
+    cached = prompt.tokens - prompt.virtual_ids
+    reader = Reader(
+        opening, backbone.vocab_size, prompt.virtual_ids, config.batch_size, budget, layout, cached, tuple(leads)
+    )
     notes: list[str] = []
     if not population.training:  # a finished run, resumed
         yield Prepared(Eager(backbone, reader, config), segments, "eager", notes)
@@ -93,12 +106,22 @@ def _name(
     """The engine's name, from what is still to do."""
     states, plan = population.training, population.plan
     mean = sum(s.tokens for s in segments) / len(segments)
-    lead = reader.virtual_tokens + len(reader.opening)
+    lead = len(reader.opening)
     tokens = round(len(states) * (lead + mean * min(plan.step_rows, plan.rows)))
     layers = len(decoder_layers(backbone.model)) or 1
     steps = plan.steps - population.step
+    if reader.leads or any(s.soft for s in segments):
+        return _only_eager(config)
     name = choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
     return "graph" if name == "compile" and config.recompute else name  # torch does not compile what it recomputes
+
+
+def _only_eager(config: TrainConfig) -> EngineName:
+    if config.engine not in ("auto", "eager"):
+        raise ForewordError(
+            "soft and weighted targets have no static shapes", f"train.engine={config.engine}", "train.engine=eager"
+        )
+    return "eager"
 
 
 def _fitting(
@@ -153,5 +176,6 @@ def _trial(
 
 def _copies(states: Sequence[State], population: Population, config: TrainConfig, backbone: Backbone) -> list[State]:
     """Fresh members that start from where these stand."""
-    rows = [s.rows.detach() for s in states]
-    return start(rows, [s.member for s in states], config, population.plan, backbone.device).states
+    return start(
+        [s.method for s in states], [s.member for s in states], config, population.plan, backbone.device
+    ).states

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from foreword.config import Member, TrainConfig
+from foreword.prompts.methods.base import Method
 from foreword.training.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from foreword.training.optim import build_optimizer, build_schedule, rate
 
@@ -53,11 +55,12 @@ class State:
     """One soft prompt in training: everything a checkpoint holds of it."""
 
     member: Member
-    rows: torch.nn.Parameter
+    method: Method
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LambdaLR
     step: int = 0
-    best_rows: torch.Tensor | None = None
+    best: dict[str, torch.Tensor] | None = None
+    """The method's tensors at the best validation so far."""
     best_score: float = -math.inf
     stale: int = 0
     """Validations since the best one."""
@@ -68,14 +71,23 @@ class State:
     """Losses of the epoch's steps so far."""
 
     @property
-    def kept(self) -> torch.Tensor:
-        """The soft prompt this member stands for ``[P, H]``: the best by validation, else the last."""
-        return (self.best_rows if self.best_rows is not None else self.rows).detach().clone()
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimiser changes."""
+        return [p for p in self.method.parameters() if p.requires_grad]
+
+    @property
+    def kept(self) -> Method:
+        """What this member stands for: the method at its best by validation, else the last."""
+        if self.best is None:
+            return self.method
+        method = copy.deepcopy(self.method)
+        method.load_state_dict(self.best)
+        return method
 
     @property
     def merit(self) -> float:
         """What members are compared by, higher is better: validation where there is one, else training loss."""
-        return self.best_score if self.best_rows is not None else -self.recent
+        return self.best_score if self.best is not None else -self.recent
 
     def counters(self) -> dict[str, Any]:
         """Its numbers, JSON-safe."""
@@ -123,9 +135,8 @@ class Population:
         counters = []
         for k, state in enumerate(self.states):
             mine, optimizer = pack_optimizer(state.optimizer)
-            mine["rows"] = state.rows
-            if state.best_rows is not None:
-                mine["best_rows"] = state.best_rows
+            mine |= {f"method.{name}": tensor for name, tensor in state.method.state_dict().items()}
+            mine |= {f"best.{name}": tensor for name, tensor in (state.best or {}).items()}
             tensors |= {f"{k}.{name}": tensor for name, tensor in mine.items()}
             counters.append({**state.counters(), "optimizer": optimizer})
         return Checkpoint(tensors, {"seconds": self.seconds, "metrics_bytes": self.metrics_bytes, "members": counters})
@@ -135,11 +146,10 @@ class Population:
         self.seconds, self.metrics_bytes = checkpoint.state["seconds"], checkpoint.state["metrics_bytes"]
         for k, (state, found) in enumerate(zip(self.states, checkpoint.state["members"], strict=True)):
             start = f"{k}."
-            tensors = {n.removeprefix(start): t for n, t in checkpoint.tensors.items() if n.startswith(start)}
-            with torch.no_grad():
-                state.rows.copy_(tensors["rows"])
-            best = tensors.get("best_rows")
-            state.best_rows = None if best is None else best.to(state.rows.device)
+            tensors = _under(start, checkpoint.tensors)
+            state.method.load_state_dict(_under("method.", tensors))
+            device = state.parameters[0].device
+            state.best = {n: t.to(device) for n, t in _under("best.", tensors).items()} or None
             unpack_optimizer(state.optimizer, tensors, found["optimizer"])
             state.schedule.load_state_dict(dict(found["schedule"]))
             state.step, state.stale, state.stopped = found["step"], found["stale"], found["stopped"]
@@ -149,12 +159,16 @@ class Population:
 
 
 def start(
-    rows: Sequence[torch.Tensor], members: Sequence[Member], config: TrainConfig, plan: Plan, device: torch.device
+    methods: Sequence[Method], members: Sequence[Member], config: TrainConfig, plan: Plan, device: torch.device
 ) -> Population:
-    """Fresh states from initial rows, each ``[P, H]``; soft prompts and optimisers are float32."""
+    """Fresh states that begin as copies of ``methods``; soft prompts and optimisers are float32."""
     states = []
-    for first, member in zip(rows, members, strict=True):
-        parameter = torch.nn.Parameter(first.detach().to(device, torch.float32).clone())
-        optimizer = build_optimizer(parameter, config, member.lr)
-        states.append(State(member, parameter, optimizer, build_schedule(optimizer, config, plan.steps)))
+    for method, member in zip(methods, members, strict=True):
+        mine = copy.deepcopy(method).to(device, torch.float32)
+        optimizer = build_optimizer([p for p in mine.parameters() if p.requires_grad], config, member.lr)
+        states.append(State(member, mine, optimizer, build_schedule(optimizer, config, plan.steps)))
     return Population(states, plan)
+
+
+def _under(start: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

@@ -66,19 +66,21 @@ def flatten(part: Pass, shape: Shape) -> torch.Tensor:
     grid = [t for t in (part.row.ids, part.row.positions, part.row.end) if t is not None]
     lists = (keep, part.row.targets, part.owner, part.count)
     return torch.cat(
-        [F.pad(t, (0, n - width, 0, r - rows)).flatten() for t in grid] + [F.pad(t, (0, m - len(t))) for t in lists]
+        [F.pad(t, (0, n - width, 0, r - rows)).flatten() for t in grid]
+        + [F.pad(t, (0, m - len(t))) for t in lists]
+        + [F.pad(part.members, (0, r - rows))]
     )
 
 
-def view(flat: torch.Tensor, shape: Shape, packed: bool) -> Pass:
-    """What ``flatten`` wrote, as views into the same memory."""
+def view(flat: torch.Tensor, shape: Shape, packed: bool, cached: int = 0) -> Pass:
+    """What ``flatten`` wrote, as views into the same memory; ``cached`` tokens of a prefix stand before it."""
     r, n, m = shape
-    sizes = [r * n] * (3 if packed else 1) + [m] * 4
-    *grid, keep, targets, owner, count = torch.split(flat, sizes)
+    sizes = [r * n] * (3 if packed else 1) + [m] * 4 + [r]
+    *grid, keep, targets, owner, count, members = torch.split(flat, sizes)
     ids, positions, end = (*(g.view(r, n) for g in grid), None, None)[:3]
     assert ids is not None
     place = torch.arange(m, device=flat.device)  # training predicts one target at a place
-    return Pass(Packed(ids, keep, place, targets, positions, end), owner, count)
+    return Pass(Packed(ids, keep, place, targets, positions, end, cached), owner, count, members)
 
 
 class Static:
@@ -141,7 +143,8 @@ class Static:
         device = self.backbone.device
         self.losses, self.norms = torch.zeros(len(states), device=device), torch.zeros(len(states), device=device)
         for state in states:
-            state.rows.grad = torch.zeros_like(state.rows)
+            for parameter in state.parameters:
+                parameter.grad = torch.zeros_like(parameter)
 
         def work() -> None:
             self.norms.copy_(update(self.states, self.config))
@@ -159,9 +162,9 @@ class Static:
     def _build(self, shape: Shape) -> tuple[torch.Tensor, Replay]:
         """The static buffer of a shape and its recorded forward and backward."""
         packed = self.reader.layout == "packed"
-        size = shape.rows * shape.width * (3 if packed else 1) + 4 * shape.targets
+        size = shape.rows * shape.width * (3 if packed else 1) + 4 * shape.targets + shape.rows
         buffer = torch.zeros(size, dtype=torch.long, device=self.backbone.device)
-        part = view(buffer, shape, packed)
+        part = view(buffer, shape, packed, self.reader.cached)
 
         def work() -> None:
             self.losses.add_(accumulate(self.backbone, self.states, part, self.config))
