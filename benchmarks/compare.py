@@ -84,7 +84,7 @@ def spread(summary: Mapping[str, float]) -> tuple[float, float]:
 
 def pair(folder: Path, kind: str | None) -> tuple[Result, Result] | None:
     """The newest result and the newest before it that it can be compared with, as (old, new)."""
-    found = newest(folder, kind)
+    found = [r for r in newest(folder, kind) if r["kind"] != "methods"]  # which measures scores
     for earlier in found[1:]:
         if comparable(earlier, found[0]):
             return earlier, found[0]

@@ -15,7 +15,7 @@ from torch import nn
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
 from foreword.backbone.head import knows_head
 from foreword.backbone.kv import Geometry, probed
-from foreword.backbone.quantise import check_quantised, made_trainable, parameter_count, quantised
+from foreword.backbone.quantise import check_quantised, made_trainable, parameter_count, quantised, quiet_import
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
@@ -144,7 +144,7 @@ def load_backbone(config: ModelConfig) -> Backbone:
         chosen |= {"quantization_config": rounding, "device_map": {"": device}}
     if config.attention == "flex_attention" and device.type != "cuda":
         raise ForewordError("flex_attention trains on CUDA only", "key model.attention", "model.attention=auto")
-    with _explained(config) as (source, options):
+    with _explained(config) as (source, options), quiet_import():
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **chosen, **options)

@@ -45,7 +45,7 @@ def quantised(name: str, dtype: torch.dtype) -> Any:
     if name == "none":
         return None
     kind = KINDS[name]
-    with _no_import_notes():
+    with quiet_import():
         if not _installed(kind.package):
             raise ForewordError(
                 f"model.quantize={name} needs a package that is not installed, or a newer version of it",
@@ -107,8 +107,11 @@ def _installed(package: str) -> bool:
 
 
 @contextmanager
-def _no_import_notes() -> Iterator[None]:
-    """torchao tells on import which of its CUDA libraries this machine cannot load."""
+def quiet_import() -> Iterator[None]:
+    """Inside, torchao does not tell which of its CUDA libraries this machine cannot load.
+
+    transformers imports it with the first model of a process, wherever it is installed.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

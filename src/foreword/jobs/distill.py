@@ -82,7 +82,7 @@ class _Distillation:
 
     def __init__(self, recipe: Recipe, splits: Splits | None, console: Console) -> None:
         self.recipe, self.splits, self.console = recipe, splits, console
-        self.members = with_rates(members(recipe), recipe.prompt.method)
+        self.members = with_rates(members(recipe), recipe.prompt)
         self.backbone = load_backbone(recipe.model)
         self.backbone.geometry  # noqa: B018 (refuses models without keys and values before anything is read)
         self.task = splits.task if splits else FREE_TASK

@@ -86,7 +86,7 @@ def _train(
     recipe: Recipe, names: Sequence[str], splits: Sequence[Splits], backbone: Backbone, out: Path, console: Console
 ) -> None:
     prompt = settle_tokens(recipe.prompt, splits[0].task, backbone)
-    (member,) = with_rates(members(recipe), "multitask")
+    (member,) = with_rates(members(recipe), prompt)
     tasks = [
         _encoded(n, s, backbone, prompt.virtual_tokens, t) for t, (n, s) in enumerate(zip(names, splits, strict=True))
     ]

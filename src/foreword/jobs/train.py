@@ -100,7 +100,7 @@ class _Job:
         self.examples = self.encoder.examples(splits.train)
         self.validation = self.encoder.examples(splits.validation) if splits.validation else []
         self.held_out = self.encoder.examples(splits.held_out) if splits.held_out else []
-        self.members = with_rates(members(recipe), recipe.prompt.method)
+        self.members = with_rates(members(recipe), recipe.prompt)
         self.methods = [
             first_method(self.prompt, splits.task, self.encoder, self.backbone, m, self.few_shot) for m in self.members
         ]
@@ -144,17 +144,23 @@ class _Job:
             task=self.splits.task,
             backbone=backbone_facts(backbone),
             scores=scores,
-            training={
-                "rows": len(self.examples), "label_counts": self._label_counts(), "data_sha256": self.splits.data_hash,
-                "method": self.prompt.method, "seed": member.seed, "data_seed": recipe.data.seed, "init": member.init,
-                "init_text": init_text, "lr": member.lr, "population": len(self.members), "layout": self.layout.train,
-                "device": str(backbone.device), "dtype": str(backbone.dtype).removeprefix("torch."), **figures,
-            },
+            training=self._training_facts(state, init_text) | figures,
             versions=library_versions(),
-        )  # fmt: skip
+        )
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "README.md", model_card(adapter, sidecar).encode())
         write_adapter(out, kept.stored(), adapter, sidecar)
+
+    def _training_facts(self, state: State, init_text: str | None) -> dict[str, Any]:
+        """What made this soft prompt, JSON-safe."""
+        recipe, member, backbone = self.recipe, state.member, self.backbone
+        return {
+            "rows": len(self.examples), "label_counts": self._label_counts(), "data_sha256": self.splits.data_hash,
+            "method": self.prompt.method, "trainable": sum(p.numel() for p in state.parameters), "seed": member.seed,
+            "data_seed": recipe.data.seed, "init": member.init, "init_text": init_text, "lr": member.lr,
+            "population": len(self.members), "layout": self.layout.train, "device": str(backbone.device),
+            "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": recipe.model.quantize,
+        }  # fmt: skip
 
     def _adapter_config(self, kept: Method, init_text: str | None) -> dict[str, Any]:
         backbone, few = self.backbone, self.few_shot

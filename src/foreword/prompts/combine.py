@@ -1,8 +1,8 @@
 """One soft prompt out of several: their average, a point between two, or one after the other.
 
-Averages of prompts work as averages of weights do, best for prompts of one task with a common start (Wortsman et
-al. 2022, arXiv 2203.05482). Keys turn with their position and turning is linear, so that prefixes of one size average
-as rows do; set behind another, a prefix would have keys of positions that it does not stand at.
+What averages of weights do for models (model soups, Wortsman et al. 2022, arXiv 2203.05482), done to prompts. Keys
+turn with their position and turning is linear, so that prefixes of one size average as rows do; set behind another, a
+prefix would have keys of positions that it does not stand at.
 """
 
 from __future__ import annotations

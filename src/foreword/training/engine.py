@@ -88,13 +88,18 @@ class Eager:
 
 def accumulate(backbone: Backbone, states: Sequence[State], part: Pass, config: TrainConfig) -> torch.Tensor:
     """Forward and backward of one pass; returns each member's share of its loss ``[K]``."""
+    losses = pass_losses(backbone, states, part, config)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    return losses.detach()
+
+
+def pass_losses(backbone: Backbone, states: Sequence[State], part: Pass, config: TrainConfig) -> torch.Tensor:
+    """Forward of one pass: each member's share of its loss ``[K]``, with the graph behind it."""
     values = [s.method() for s in states]
     part = part.to(backbone.device)
     with together(backbone, values, states[0].method.kind, part.members) as prefix, _autocast(backbone, config):
         logprobs = run(backbone, part.row, prefix)
-    losses = part.losses(logprobs, len(states))
-    losses.sum().backward()  # type: ignore[no-untyped-call]
-    return losses.detach()
+    return part.losses(logprobs, len(states))
 
 
 def update(states: Sequence[State], config: TrainConfig) -> torch.Tensor:

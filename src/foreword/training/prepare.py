@@ -17,7 +17,8 @@ from foreword.config import TrainConfig
 from foreword.data.encode import common_opening
 from foreword.errors import ForewordError
 from foreword.records import Segment
-from foreword.training.engine import Eager, Engine, EngineName, accumulate, choose_engine, token_budget
+from foreword.training.engine import Eager, Engine, EngineName, accumulate, choose_engine, pass_losses, token_budget
+from foreword.training.gradcheck import check_gradient
 from foreword.training.passes import Reader
 from foreword.training.state import Population, State, start
 from foreword.training.static import Static
@@ -80,6 +81,8 @@ def prepared(
         if config.recompute:
             layers = stack.enter_context(recomputed_layers(backbone.model))
             notes.append(f"activations of {layers} layers are recomputed")
+        if backbone.quantised:
+            notes.append(_gradient_checked(backbone, segments, population, config, reader))
         if len(population.states) > 1:
             reader, note = _fitting(backbone, segments, population, config, reader)
             notes.append(note)
@@ -92,6 +95,25 @@ def prepared(
         notes.append(f"engine eager: {name} failed: {problem}" if problem else f"engine {name}")
         name = "eager" if problem else name
         yield Prepared(_make(name, backbone, reader, config), segments, name, notes)
+
+
+def _gradient_checked(
+    backbone: Backbone, segments: Sequence[Segment], population: Population, config: TrainConfig, reader: Reader
+) -> str:
+    """Holds the gradient through rounded weights against the loss itself, on the first batch of the first member.
+
+    Raises:
+        ForewordError: it is wrong, as those of some quantisations are.
+    """
+    first = population.training[:1]
+    batch = [segments[i] for i in population.plan.batch(first[0].member.seed, population.step)]
+    part = reader.read([batch[: config.batch_size]])[0]
+    (state,) = _copies(first, population, config, backbone)
+    generator = torch.Generator().manual_seed(0)
+    error = check_gradient(
+        lambda: pass_losses(backbone, [state], part, config).sum(), state.parameters, backbone.name, generator
+    )
+    return f"quantised backbone: its gradient agrees with the loss within {error:.1%} on the first batch"
 
 
 def _make(name: EngineName, backbone: Backbone, reader: Reader, config: TrainConfig) -> Engine:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from foreword.config import PromptConfig
 from foreword.prompts.soft import Kind, SoftPrompt
 
 
@@ -38,6 +39,11 @@ class Method(nn.Module):
     kind: ClassVar[Kind] = "rows"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     default_lr: ClassVar[float] = 0.03
+
+    @classmethod
+    def rate(cls, config: PromptConfig) -> float:
+        """Its learning rate when none is given."""
+        return cls.default_lr
 
     def forward(self) -> torch.Tensor:
         """The soft prompt's values ``[P, W]`` (``[tasks * P, H]`` where several tasks train at once)."""

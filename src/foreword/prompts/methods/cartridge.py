@@ -21,6 +21,7 @@ class Cartridge(Method):
 
     kind: ClassVar[Kind] = "prefix"
     peft_type = "CARTRIDGE"
+    default_lr = 0.01
     frozen: torch.Tensor
 
     def __init__(self, start: Start, config: PromptConfig, generator: torch.Generator) -> None:

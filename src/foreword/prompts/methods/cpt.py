@@ -24,6 +24,7 @@ class ContextAware(Method):
     """Frozen rows plus a trained change ``[P, H]``, each token's within a ball of its type's radius."""
 
     peft_type = "CPT"
+    default_lr = 0.01
     embedding: torch.Tensor
     radius: torch.Tensor
 

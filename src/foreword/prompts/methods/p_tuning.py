@@ -23,6 +23,7 @@ class PTuning(Method):
     """
 
     peft_type = "P_TUNING"
+    default_lr = 0.001  # 0.01 learns nothing (docs/log.md)
 
     def __init__(self, start: Start, config: PromptConfig, generator: torch.Generator) -> None:
         super().__init__()

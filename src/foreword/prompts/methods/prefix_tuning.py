@@ -29,6 +29,11 @@ class PrefixTuning(Method):
     peft_type = "PREFIX_TUNING"
     values: torch.Tensor
 
+    @classmethod
+    def rate(cls, config: PromptConfig) -> float:
+        """See ``Method``: a network wants smaller steps than what it writes (docs/log.md)."""
+        return 0.0005 if config.projection else cls.default_lr
+
     def __init__(self, start: Start, config: PromptConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.projection: Projection | None = None

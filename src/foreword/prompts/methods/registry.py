@@ -44,9 +44,9 @@ def find(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def with_rates(members: Sequence[Member], name: str) -> tuple[Member, ...]:
+def with_rates(members: Sequence[Member], config: PromptConfig) -> tuple[Member, ...]:
     """Members whose learning rate is left open get the method's own."""
-    return tuple(replace(m, lr=m.lr or find(name).default_lr) for m in members)
+    return tuple(replace(m, lr=m.lr or find(config.method).rate(config)) for m in members)
 
 
 def build(start: Start, config: PromptConfig, generator: torch.Generator) -> Method:

@@ -21,6 +21,8 @@ class Residual(Method):
     second on. (Zeros in the up-projection instead would be normalised: a division by almost nothing.)
     """
 
+    default_lr = 0.01
+
     def __init__(self, start: Start, config: PromptConfig, generator: torch.Generator) -> None:
         super().__init__()
         width, size = start.values.shape[1], config.encoder_size or BOTTLENECK

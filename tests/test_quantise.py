@@ -1,0 +1,272 @@
+"""Backbones in 4 and 8 bits, and the check that finds a wrong gradient before anything is trained on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from foreword.backbone import quantise
+from foreword.backbone.forward import packed_logprobs, rows_logprobs
+from foreword.backbone.load import Backbone, load_backbone
+from foreword.backbone.quantise import KINDS, SCORING_ONLY, quantised
+from foreword.backbone.virtual import VirtualTokens
+from foreword.checks import CHOICES
+from foreword.config import ModelConfig
+from foreword.errors import ForewordError
+from foreword.records import Segment
+from foreword.training.gradcheck import TOLERANCE, check_gradient, directional_error, gradient_error, loss_noise
+
+TRAINABLE = [name for name in KINDS if name not in SCORING_ONLY]
+VIRTUAL = 4
+SEGMENTS = [Segment((20, 31, 42, 53), ((5, 7),)), Segment((61, 12), ((9,),)), Segment((33, 44, 55), ((7, 7, 8),))]
+OPENING = tuple(range(tiny.VOCAB, tiny.VOCAB + VIRTUAL))
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torchao
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Altered(torch.autograd.Function):
+    """The identity, with whatever gradient it is told to have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return ctx.change(grads[0]), None
+
+
+def rows_of(backbone: Backbone, seed: int = 0) -> torch.Tensor:
+    """A soft prompt ``[P, H]`` made of vocabulary rows, as training starts from."""
+    ids = torch.randint(0, tiny.VOCAB, (VIRTUAL,), generator=generator(seed))
+    wide = torch.promote_types(backbone.dtype, torch.float32)
+    rows = backbone.embedding.weight[ids].to(wide).clone()  # type: ignore[index]
+    return rows.requires_grad_()
+
+
+def loss_of(
+    backbone: Backbone, rows: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Callable[[], torch.Tensor]:
+    """The loss of a small batch, its gradient altered on the way to the rows."""
+
+    def loss() -> torch.Tensor:
+        table = Altered.apply(rows, change) if change else rows
+        with VirtualTokens(backbone.embedding, table):
+            return -rows_logprobs(backbone, [(OPENING, SEGMENTS)]).mean()
+
+    return loss
+
+
+# The check itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-gqa", "gpt2", "gemma3"])
+def test_a_right_gradient_passes_and_nothing_is_changed(family: str, dtype: torch.dtype) -> None:
+    backbone = tiny.backbone(family, dtype)
+    rows = rows_of(backbone)
+    before = rows.detach().clone()
+    error = check_gradient(loss_of(backbone, rows), [rows], "tiny", generator())
+    assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+    assert torch.equal(rows, before)
+    assert rows.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [0.0, 1e-6, 0.4, 2.5, -1.0])
+def test_a_gradient_of_another_size_is_refused(factor: float, dtype: torch.dtype) -> None:
+    backbone = tiny.backbone("llama-gqa", dtype)
+    rows = rows_of(backbone)
+    before = rows.detach().clone()
+    with pytest.raises(ForewordError, match="gradient through the backbone is wrong") as caught:
+        check_gradient(loss_of(backbone, rows, lambda g: g * factor), [rows], "tiny-llama", generator())
+    assert caught.value.where == "tiny-llama"
+    assert "model.quantize=nf4" in caught.value.fix
+    assert torch.equal(rows, before)
+
+
+def test_a_gradient_that_leaves_parameters_out_is_mostly_refused() -> None:
+    """Along itself such a gradient is right: only the random direction sees it, and may point elsewhere."""
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    rows = rows_of(backbone)
+    half = torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]
+    loss = loss_of(backbone, rows, lambda g: g * half)
+    assert sum(gradient_error(loss, [rows], generator(seed)) > TOLERANCE for seed in range(5)) >= 3
+
+
+def test_a_gradient_cut_off_altogether_is_refused() -> None:
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    rows = rows_of(backbone)
+    loss = loss_of(backbone, rows)
+    assert gradient_error(lambda: loss().detach(), [rows], generator()) == 1.0
+
+
+def test_a_gradient_where_the_loss_stands_still_is_refused() -> None:
+    rows = torch.ones(3, 4, requires_grad=True)
+    assert gradient_error(lambda: 2.0 + (rows - rows.detach()).sum(), [rows], generator()) == 1.0
+
+
+def test_a_loss_that_does_not_depend_on_the_parameters_has_no_gradient() -> None:
+    rows = torch.ones(3, 4, requires_grad=True)
+    assert gradient_error(lambda: (rows * 0).sum() + 1, [rows], generator()) == 0.0
+
+
+def test_a_loss_that_is_no_number_is_told_apart_from_a_wrong_gradient() -> None:
+    rows = torch.ones(3, 4, requires_grad=True)
+    with pytest.raises(ForewordError, match="not a finite number"):
+        check_gradient(lambda: (rows * math.nan).sum(), [rows], "tiny", generator())
+
+
+def test_several_parameters_are_checked_together_and_put_back_when_the_loss_fails() -> None:
+    wide, flat = torch.randn(2, 3, 4, generator=generator(1), dtype=torch.float64).unbind(0)
+    parameters = [wide.requires_grad_(), flat[0].clone().requires_grad_()]
+    before = [p.detach().clone() for p in parameters]
+
+    def loss() -> torch.Tensor:
+        return (parameters[0] @ parameters[1]).tanh().square().sum() + 1
+
+    assert gradient_error(loss, parameters, generator()) < 1e-3
+    calls = iter([loss, loss, lambda: 1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        gradient_error(lambda: next(calls)(), parameters, generator())
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+
+
+def test_a_long_step_is_as_good_as_a_short_one() -> None:
+    """Three nodes are exact for slopes of degree five, so for a loss of degree six."""
+    x = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    direction = [torch.tensor([0.6, 0.8], dtype=torch.float64)]
+    for step in (1e-3, 0.1, 10.0):
+        assert directional_error(lambda: (x**6).sum(), [x], direction, step) < 1e-9
+    assert directional_error(lambda: (x.detach() ** 6).sum(), [x], direction, 0.1) == 1.0
+
+
+def test_noise_is_what_the_gradient_does_not_explain() -> None:
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64).requires_grad_()
+    draws = [loss_noise(lambda: (x * 3).sum() + 5, [x], generator(i)) for i in range(2)]
+    assert max(draws) < 1e-12
+    stairs = loss_noise(lambda: ((x * 3).sum() * 50).round() / 50, [x], generator())
+    assert 0 < stairs < 0.04
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_a_quantised_backbone_is_the_same_backbone_and_can_be_trained_on(
+    model_folder: Path, name: str, dtype: str
+) -> None:
+    plain = load_backbone(ModelConfig(str(model_folder), dtype=dtype, device="cpu"))
+    backbone = load_backbone(ModelConfig(str(model_folder), dtype=dtype, device="cpu", quantize=name))
+    assert backbone.quantised
+    assert not plain.quantised
+    assert backbone.parameters == plain.parameters
+    assert (backbone.dtype, backbone.device) == (plain.dtype, plain.device)
+    assert plain.fingerprint.differs(backbone.fingerprint) == ""
+    assert backbone.knows_head
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    for kept in (backbone.embedding, backbone.model.get_output_embeddings()):
+        assert type(kept.weight) is nn.Parameter
+    rows = rows_of(plain)
+    with torch.no_grad():
+        exact, rounded = loss_of(plain, rows)(), loss_of(backbone, rows)()
+    assert exact != rounded
+    assert abs(exact - rounded) < 0.25 * exact
+    assert check_gradient(loss_of(backbone, rows), [rows], name, generator()) < 0.1
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_packed_rows_of_a_quantised_backbone_are_what_single_rows_are(model_folder: Path, name: str) -> None:
+    backbone = load_backbone(ModelConfig(str(model_folder), dtype="float32", device="cpu", quantize=name))
+    rows = rows_of(backbone)
+    with torch.no_grad(), VirtualTokens(backbone.embedding, rows):
+        packed = packed_logprobs(backbone, [(OPENING, SEGMENTS)])
+        single = rows_logprobs(backbone, [(OPENING, SEGMENTS)])
+    assert torch.allclose(packed, single, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SCORING_ONLY)
+def test_dynamically_rounded_activations_score_but_are_not_trained_through(
+    model_folder: Path, name: str, dtype: str
+) -> None:
+    backbone = load_backbone(ModelConfig(str(model_folder), dtype=dtype, device="cpu", quantize=name))
+    rows = rows_of(backbone)
+    with torch.no_grad():
+        assert loss_of(backbone, rows)().isfinite()
+    with pytest.raises(ForewordError, match="says nothing about how the loss changes"):
+        check_gradient(loss_of(backbone, rows), [rows], name, generator())
+
+
+def test_four_bits_work_where_layers_are_conv1d_and_torchao_says_it_finds_none(tmp_path: Path) -> None:
+    folder = str(tiny.save(tmp_path / "gpt2", "gpt2"))
+    backbone = load_backbone(ModelConfig(folder, device="cpu", quantize="nf4"))
+    assert backbone.parameters == tiny.backbone("gpt2").parameters
+    rows = rows_of(backbone)
+    assert check_gradient(loss_of(backbone, rows), [rows], "gpt2", generator()) < 0.1
+    with pytest.raises(ForewordError, match="finds no layer to quantise in a gpt2 model"):
+        load_backbone(ModelConfig(folder, device="cpu", quantize="int8-weight"))
+
+
+def test_a_checkpoint_that_is_quantised_already_is_not_quantised_again(model_folder: Path, tmp_path: Path) -> None:
+    made = load_backbone(ModelConfig(str(model_folder), device="cpu", quantize="nf4"))
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    again = load_backbone(ModelConfig(str(tmp_path), device="cpu"))
+    assert again.quantised
+    assert again.parameters == made.parameters
+    rows = rows_of(again)
+    assert check_gradient(loss_of(again, rows), [rows], "nf4", generator()) < 0.1
+    with pytest.raises(ForewordError, match="already quantised"):
+        load_backbone(ModelConfig(str(tmp_path), device="cpu", quantize="int8"))
+
+
+def test_scoring_does_not_repack_weights_for_a_kernel_without_gradients(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    backbone = load_backbone(ModelConfig(str(model_folder), device="cpu", quantize="nf4"))
+    layers = [m for m in backbone.model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(m.support_avx512bf16_for_cpu for m in layers)
+    rows = rows_of(backbone)
+    with torch.no_grad():
+        scored = loss_of(backbone, rows)()
+    assert loss_of(backbone, rows)().item() == pytest.approx(scored.item(), abs=1e-5)
+    assert check_gradient(loss_of(backbone, rows), [rows], "nf4", generator()) < 0.1
+
+
+def test_loading_in_8_bits_does_not_warn_of_a_cast_in_every_layer(
+    model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = load_backbone(ModelConfig(str(model_folder), device="cpu", quantize="int8"))
+    backbone.model.eval()
+    with torch.no_grad():
+        loss_of(backbone, rows_of(backbone))()
+    assert "cast" not in caplog.text
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantise, "_installed", lambda package: False)
+    with pytest.raises(ForewordError) as caught:
+        quantised(name, torch.float32)
+    assert f"pip install -U {KINDS[name].package}" in caught.value.fix
+
+
+def test_the_choices_are_the_kinds() -> None:
+    assert CHOICES["model.quantize"] == ("none", *KINDS)
+    assert quantised("none", torch.float32) is None
