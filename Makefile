@@ -33,6 +33,7 @@ bench-compare: $(VENV)/.installed-dev
 
 bench-table: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/table.py
+	$(VENV)/bin/python benchmarks/methods_table.py
 
 fmt: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

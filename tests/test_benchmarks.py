@@ -19,6 +19,8 @@ import compare
 import cpu
 import gpu
 import measure
+import methods
+import methods_table
 import opponents
 import ours
 import results
@@ -211,6 +213,30 @@ def test_the_page_shows_what_was_measured_and_leaves_the_rest_out() -> None:
 
 def test_the_page_in_docs_is_the_one_made_from_the_newest_results() -> None:
     assert table.PAGE.read_text() == table.page(table.sources()), "run: make bench-table"
+    (newest, *_) = results.newest(results.FOLDER, "methods")
+    assert methods_table.PAGE.read_text() == methods_table.page(newest), "run: make bench-table"
+
+
+def test_the_methods_are_measured_as_users_train_them(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_csv(tmp_path / "d.csv", ROWS, ("text", "label"))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    only = ["--only", "prompt-tuning", "--only", "prefix-tuning"]
+    chosen = [*only, "--virtual-tokens", "4", "--model", str(model_folder)]
+    given = ["--data", f"D={data},{data}", "--template", "{text} Label :", "--epochs", "1", *chosen]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *given])
+    methods.main()
+    monkeypatch.setattr(sys, "argv", ["methods.py", "--resume", "--seeds", "2", *given])
+    methods.main()
+    (found,) = results.newest(tmp_path, "methods")
+    assert [(r["variant"], r["seed"]) for r in found["runs"]] == [
+        ("prompt-tuning", 0), ("prefix-tuning", 0), ("prompt-tuning", 1), ("prefix-tuning", 1)
+    ]  # fmt: skip
+    page = methods_table.page(found)
+    assert "| prefix-tuning | keys and values of every layer" in page
+    assert "4 cached" in page
+    assert set(methods_table.FACTS) == set(methods.VARIANTS)
 
 
 def test_the_wait_for_a_first_step_ends_the_program(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ SOURCE = ROOT / "src" / "foreword"
 def test_the_tree_names_every_file_once_and_no_other() -> None:
     block = re.search(r"```text\nsrc/foreword/\n(.*?)```", README, re.S)
     assert block
-    named, folder = [], ""
+    named: list[str] = []
+    folders_of: dict[int, str] = {2: ""}  # by indentation
     for line in block.group(1).splitlines():
-        name = line.split()[0]
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        named.append(folders_of[depth] + name)
         if name.endswith("/"):
-            folder = name
-        named.append(name if line.startswith("  ") and not line.startswith("    ") else folder + name)
+            folders_of[depth + 2] = named[-1]
     files = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if f.name not in ("__init__.py", "__main__.py")}
     folders = {f"{Path(f).parent}/" for f in files if "/" in f}
     assert sorted(named) == sorted(files | folders | {"recipes/"})

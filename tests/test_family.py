@@ -190,6 +190,7 @@ def test_tokens_stand_where_they_are_asked_to(
 def test_stock_peft_refuses_tokens_it_would_put_elsewhere(model_folder: Path, tmp_path: Path) -> None:
     train(model_folder, tmp_path / "run", {"virtual_tokens": 4, "placement": "end"})
     assert json.loads((tmp_path / "run" / CONFIG).read_text())["peft_type"] == PLACED
+    assert "PeftModel" not in (tmp_path / "run" / "README.md").read_text()
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     with pytest.raises(KeyError, match=PLACED):
         peft.PeftModel.from_pretrained(base, tmp_path / "run")

@@ -101,7 +101,7 @@ def test_a_gradient_that_leaves_parameters_out_is_mostly_refused() -> None:
     """Along itself such a gradient is right: only the random direction sees it, and may point elsewhere."""
     backbone = tiny.backbone("llama-gqa", torch.float32)
     rows = rows_of(backbone)
-    half = torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]
+    half = torch.tensor([0.0, 0.0, 1.0, 1.0])[:, None]
     loss = loss_of(backbone, rows, lambda g: g * half)
     assert sum(gradient_error(loss, [rows], generator(seed)) > TOLERANCE for seed in range(5)) >= 3
 
@@ -115,7 +115,7 @@ def test_a_gradient_cut_off_altogether_is_refused() -> None:
 
 def test_a_gradient_where_the_loss_stands_still_is_refused() -> None:
     rows = torch.ones(3, 4, requires_grad=True)
-    assert gradient_error(lambda: 2.0 + (rows - rows.detach()).sum(), [rows], generator()) == 1.0
+    assert gradient_error(lambda: 2.0 + (rows - rows.detach()).sum(), [rows], generator()) > TOLERANCE
 
 
 def test_a_loss_that_does_not_depend_on_the_parameters_has_no_gradient() -> None:
@@ -221,6 +221,7 @@ def test_four_bits_work_where_layers_are_conv1d_and_torchao_says_it_finds_none(t
         load_backbone(ModelConfig(folder, device="cpu", quantize="int8-weight"))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config` or equivalent parameters:UserWarning")
 def test_a_checkpoint_that_is_quantised_already_is_not_quantised_again(model_folder: Path, tmp_path: Path) -> None:
     made = load_backbone(ModelConfig(str(model_folder), device="cpu", quantize="nf4"))
     made.model.save_pretrained(tmp_path)

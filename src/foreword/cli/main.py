@@ -16,6 +16,7 @@ from foreword.cli import (
     evaluate,
     export,
     generate,
+    multitask,
     predict,
     preview,
     push,
@@ -36,8 +37,8 @@ app = typer.Typer(
     epilog="Errors say what, where and how to mend it; --debug anywhere adds the traceback.",
 )
 for verb in (demo.demo, train.train, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
-             show.show, compile.compile_, combine.combine, transfer.transfer, distill.distill, export.export,
-             push.push):  # fmt: skip
+             show.show, compile.compile_, combine.combine, transfer.transfer, distill.distill,
+             multitask.multitask, export.export, push.push):  # fmt: skip
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(recipes.app, name="recipes")
 

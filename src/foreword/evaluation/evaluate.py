@@ -144,6 +144,12 @@ def with_baselines(
     return {**scores_of(outcome, classes), "baselines": baselines, "protocol": protocol}
 
 
+def label_counts(examples: Sequence[Example], classes: Sequence[str]) -> list[int]:
+    """Rows of each class, in the classes' order ``[C]``; empty for free text."""
+    labels = [e.label for e in examples]
+    return [labels.count(c) for c in range(len(classes))]
+
+
 def majority_baseline(counts: Sequence[int], truth: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
     """Always answers the class with the most training rows (``counts`` ``[C]``)."""
     winner = int(np.argmax(counts))

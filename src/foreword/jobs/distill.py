@@ -6,7 +6,7 @@ tokens, keep the first as an attention sink, and learn the teacher's own next-to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,14 @@ from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
 from foreword.evaluation.agreement import agreement, candidates
-from foreword.evaluation.evaluate import Outcome, run_rows, scores_of, with_baselines
+from foreword.evaluation.evaluate import Outcome, label_counts, run_rows, scores_of, with_baselines
 from foreword.evaluation.metrics import interval
-from foreword.evaluation.scoring import Floats, classify
+from foreword.evaluation.scoring import Floats
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import write_derived
 from foreword.jobs.fewshot import few_shot
 from foreword.jobs.prepare import make_encoder, memory_explained
-from foreword.jobs.study import Study, in_front, of_rows, read_text, self_study
+from foreword.jobs.study import Study, fifth, in_front, of_rows, read_text, self_study
 from foreword.jobs.train import MEMORY_KNOB, mark_started, same_run
 from foreword.jobs.training import say, train_in
 from foreword.prompts.methods.base import Method, Start
@@ -44,11 +44,11 @@ FREE_TASK = Task("{text}", "", "label")
 
 
 @dataclass(frozen=True)
-class Contender:
-    """Somebody who is compared with the teacher."""
+class _Outcome:
+    """What was said on held-out rows: likeliest class or tokens, one array a row, and what scores come from."""
 
-    name: str
-    prompt: SoftPrompt
+    said: list[Any]
+    outcome: Outcome | None
 
 
 def distill(recipe: Recipe, out: Path, resume: bool = False, console: Console | None = None) -> Backbone:
@@ -102,30 +102,32 @@ class _Distillation:
 
     def run(self, out: Path) -> None:
         """All stages; writes the folder."""
-        study, eval_rows, layout = self._study()
+        study, labelled, layout = self._study()
         methods = [self._method(m.seed) for m in self.members]
-        student = methods[0]
-        virtual = range(self.backbone.vocab_size, self.backbone.vocab_size + student.soft_prompt().virtual_ids)
-        own = self._layout(student.soft_prompt(), in_front(study.train, virtual), gradient=True)
+        start = methods[0].soft_prompt()
+        rows = in_front(study.train, self._virtual(start))
+        own = self._layout(start, rows, gradient=True)
         trained = train_in(
-            out, self.backbone, methods, self.members, in_front(study.train, virtual), self.recipe.train,
-            own, self.console, title="distilling",
-        )  # fmt: skip
+            out, self.backbone, methods, self.members, rows, self.recipe.train, own, self.console, title="distilling"
+        )
         best = trained.population.states[trained.population.best].kept
-        start = Contender(f"its start ({student.soft_prompt().tokens} tokens)", student.soft_prompt())
-        others = [start, Contender("no text", no_prompt(self.backbone))]
-        figures = self._report(study, layout, Contender("distilled", best.soft_prompt()), others)
-        scores = self._scores(best.soft_prompt(), eval_rows, own) if eval_rows else {}
+        made = best.soft_prompt()
+        contenders = {
+            "full text": (self.teacher, layout),
+            "distilled": (made, own),
+            f"its start, {start.tokens} tokens": (start, own),
+            "no text": (no_prompt(self.backbone), layout),
+        }
+        outcomes = {name: self._outcome(who, study.held_out, how) for name, (who, how) in contenders.items()}
         source = self.recipe.distill.text or f"{len(self.few_rows)} rows of {self.recipe.data.path}"
         facts = {
             "how": "distilled", "from": [source],
-            "text_tokens": len(self.text_ids), "tokens_saved": len(self.text_ids) - best.soft_prompt().tokens,
-            "method": self.recipe.prompt.method, **figures, **trained.figures,
+            "text_tokens": len(self.text_ids), "tokens_saved": len(self.text_ids) - made.tokens,
+            "method": self.recipe.prompt.method, **self._agreements(outcomes), **trained.figures,
         }  # fmt: skip
-        write_derived(
-            out, best.soft_prompt(), self.backbone, self.task, facts, scores, best.peft_type, self.recipe.prompt
-        )
-        say(self.console, f"tokens {len(self.text_ids)} -> {best.soft_prompt().tokens}")
+        scores = self._scores(outcomes) if labelled else {}
+        write_derived(out, made, self.backbone, self.task, facts, scores, best.peft_type, self.recipe.prompt)
+        say(self.console, f"tokens {len(self.text_ids)} -> {made.tokens}")
 
     def _read(self) -> tuple[int, ...]:
         """Token ids of what the teacher reads."""
@@ -138,30 +140,30 @@ class _Distillation:
         self.few_rows = found.rows
         return found.ids
 
-    def _study(self) -> tuple[Study, list[Example], Choice]:
-        """What is learnt and what is held out, with the teacher's targets."""
-        config, seed = self.recipe.distill, self.members[0].seed
+    def _study(self) -> tuple[Study, bool, Choice]:
+        """What is learnt, with the teacher's targets, and what is held out (labelled or not)."""
+        config = self.recipe.distill
         if self.splits is None:
-            pieces = [
-                Segment(self.text_ids[:8], (self.text_ids[8:12],)),
-                Segment(self.text_ids[4:9], (self.text_ids[9:12],)),
-            ]
-            layout = self._layout(self.teacher, pieces)
+            ids = self.text_ids
+            layout = self._layout(self.teacher, [Segment(ids[:8], (ids[8:12],)), Segment(ids[4:9], (ids[9:12],))])
             say(self.console, f"self-study: {config.queries} openings, {config.answer_tokens} tokens after each")
-            return self_study(self.backbone, self.teacher, self.text_ids, config, seed, layout.train), [], layout
+            seed = self.members[0].seed
+            return self_study(self.backbone, self.teacher, ids, config, seed, layout.train), False, layout
         rows = [e for i, e in enumerate(self.encoder.examples(self.splits.train)) if i not in set(self.few_rows)]
+        held = self.encoder.examples(self.splits.held_out) if self.splits.held_out else []
+        labelled = bool(held)
+        if not held:
+            held, rows = rows[: fifth(len(rows))], rows[fifth(len(rows)) :]
         if not rows:
             raise ForewordError(
                 "every row is an example of the text, and none is left to learn from",
                 self.recipe.data.path,
                 "lower distill.few_shot",
             )
-        held = self.encoder.examples(self.splits.held_out) if self.splits.held_out else []
         layout = self._layout(self.teacher, [Segment(e.context, self.encoder.label_ids or (e.target,)) for e in rows])
-        say(self.console, f"study: {len(rows)} rows, {len(held)} held out; their labels are not read")
+        say(self.console, f"study: {len(rows)} rows, whose labels are not read; {len(held)} held out")
         train = list(of_rows(self.backbone, self.teacher, rows, self.encoder, config, layout.score))
-        fresh = held or rows
-        return Study(train, [Segment(e.context, (e.target,)) for e in fresh]), held, layout
+        return Study(train, held), labelled, layout
 
     def _method(self, seed: int) -> Method:
         """The student before its first step: the keys and values (or rows) of the text's first tokens."""
@@ -185,44 +187,43 @@ class _Distillation:
         plain = [replace(s, soft=()) for s in segments]
         return choose_layout(self.backbone, prompt, plain, gradient)
 
-    def _report(self, study: Study, layout: Choice, best: Contender, others: Sequence[Contender]) -> dict[str, Any]:
-        """Agreement with the teacher on held-out rows: the same class, or the same likeliest token place by place."""
-        teacher = self._said(self.teacher, study.held_out, layout)
-        found: dict[str, Any] = {}
-        for who in (best, *others):
-            shares = agreement(teacher, self._said(who.prompt, study.held_out))
+    def _outcome(self, prompt: SoftPrompt, held: Sequence[Example], layout: Choice) -> _Outcome:
+        """What is said on held-out rows with a soft prompt."""
+        placed = [replace(e, context=(*self._virtual(prompt), *e.context)) for e in held]
+        if self.encoder.label_ids:
+            outcome = run_rows(self.backbone, prompt, placed, self.encoder.label_ids, layout.score)
+            assert outcome.probabilities is not None
+            return _Outcome(list(outcome.probabilities.argmax(1)[:, None]), outcome)
+        segments = [Segment(e.context, (e.target,)) for e in placed]
+        found = candidates(self.backbone, prompt, segments, 1, layout.train)
+        written = run_rows(self.backbone, prompt, placed, (), layout.score) if self.splits else None
+        return _Outcome([c.ids[:, 0].numpy() for c in found], written)
+
+    def _agreements(self, outcomes: Mapping[str, _Outcome]) -> dict[str, float]:
+        """Share of held-out places where the teacher's likeliest class or token is said."""
+        found = {}
+        for name, outcome in list(outcomes.items())[1:]:
+            shares = agreement(outcomes["full text"].said, outcome.said)
             low, high = interval(len(shares), partial(_mean, shares))
-            say(self.console, f"agreement with the full text, {who.name}: {shares.mean():.3f} [{low:.3f}, {high:.3f}]")
-            found[f"agreement ({who.name})"] = round(float(shares.mean()), 4)
+            say(self.console, f"agreement with the full text, {name}: {shares.mean():.3f} [{low:.3f}, {high:.3f}]")
+            found[f"agreement ({name})"] = round(float(shares.mean()), 4)
         return found
 
-    def _said(self, prompt: SoftPrompt, segments: Sequence[Segment], layout: Choice | None = None) -> list[Any]:
-        """What is said after each context: ``[n]`` arrays of likeliest tokens, or of the one likeliest class."""
-        virtual = range(self.backbone.vocab_size, self.backbone.vocab_size + prompt.virtual_ids)
-        placed = in_front(segments, virtual)
-        layout = layout or self._layout(prompt, placed)
-        if label_ids := self.encoder.label_ids:
-            table = classify(self.backbone, prompt, [s.context for s in placed], label_ids, layout.score)
-            return list(table.argmax(1)[:, None])
-        found = candidates(self.backbone, prompt, placed, 1, layout.train)
-        return [c.ids[:, 0].numpy() for c in found]
-
-    def _scores(self, best: SoftPrompt, held: Sequence[Example], own: Choice) -> dict[str, Any]:
+    def _scores(self, outcomes: Mapping[str, _Outcome]) -> dict[str, Any]:
         """Scores on labelled held-out rows: the student's, with the teacher's and nobody's beside them."""
         assert self.splits is not None
-
-        def outcome(prompt: SoftPrompt) -> Outcome:
-            virtual = range(self.backbone.vocab_size, self.backbone.vocab_size + prompt.virtual_ids)
-            rows = [replace(e, context=(*virtual, *e.context)) for e in held]
-            return run_rows(self.backbone, prompt, rows, self.encoder.label_ids, own.score)
-
-        counts = [e.label for e in self.encoder.examples(self.splits.train)]
+        teacher, made, *_, plain = (o.outcome for o in outcomes.values())
+        assert teacher is not None
+        assert made is not None
+        assert plain is not None
         classes = self.task.classes
-        totals = [counts.count(c) for c in range(len(classes))]
-        plain = outcome(no_prompt(self.backbone))
-        scores = with_baselines(outcome(best), plain, totals, classes, self.splits.protocol)
-        scores["baselines"]["full_text"] = scores_of(outcome(self.teacher), classes)
+        counts = label_counts(self.encoder.examples(self.splits.train), classes)
+        scores = with_baselines(made, plain, counts, classes, self.splits.protocol)
+        scores["baselines"]["full_text"] = scores_of(teacher, classes)
         return scores
+
+    def _virtual(self, prompt: SoftPrompt) -> range:
+        return range(self.backbone.vocab_size, self.backbone.vocab_size + prompt.virtual_ids)
 
 
 def _mean(shares: Floats, rows: Any) -> float:

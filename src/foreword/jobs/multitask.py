@@ -23,7 +23,7 @@ from foreword.checks import check
 from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import run_plain, run_rows, with_baselines
+from foreword.evaluation.evaluate import label_counts, run_plain, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import write_derived
 from foreword.jobs.prepare import first_method, make_encoder, memory_explained, settle_tokens
@@ -141,10 +141,8 @@ def _scores(task: _Task, backbone: Backbone, prompt: SoftPrompt, layout: Choice)
     label_ids = task.encoder.label_ids
     outcome = run_rows(backbone, prompt, task.held_out, label_ids, layout.score)
     plain = run_plain(backbone, task.held_out, label_ids, layout.score)
-    labels = [e.label for e in task.examples]
     classes = task.splits.task.classes
-    counts = [labels.count(c) for c in range(len(classes))]
-    return with_baselines(outcome, plain, counts, classes, task.splits.protocol)
+    return with_baselines(outcome, plain, label_counts(task.examples, classes), classes, task.splits.protocol)
 
 
 def _check(recipes: Sequence[tuple[str, Recipe]], first: Recipe) -> None:

@@ -34,7 +34,7 @@ class Study:
     """Rows for training with the teacher's targets, and rows held out; contexts without virtual ids."""
 
     train: list[Segment]
-    held_out: list[Segment]
+    held_out: list[Example]
 
 
 def read_text(path: str) -> str:
@@ -71,9 +71,15 @@ def self_study(
             Segment(c, ((*ids, backbone.end_id)[: config.answer_tokens],))
             for c, ids in zip(batch, written, strict=True)
         ]
-    cut = max(1, len(segments) // 5)
+    cut = fifth(len(segments))
     found = candidates(backbone, teacher, segments[cut:], config.candidates, layout)
-    return Study(list(softened(segments[cut:], found)), segments[:cut])
+    held = [Example(i + 1, s.context, s.branches[0]) for i, s in enumerate(segments[:cut])]
+    return Study(list(softened(segments[cut:], found)), held)
+
+
+def fifth(rows: int) -> int:
+    """How many of the rows are held out when none are given for that."""
+    return max(1, rows // 5)
 
 
 def of_rows(

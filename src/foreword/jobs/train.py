@@ -18,10 +18,10 @@ from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, choose_device, load_backbone
 from foreword.checks import check
-from foreword.config import PromptConfig, Recipe, members
+from foreword.config import DistillConfig, PromptConfig, Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import Outcome, pooled, run_plain, run_rows, with_baselines
+from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plain, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.fewshot import FewShot, few_shot
@@ -208,9 +208,7 @@ class _Job:
         return [Segment(e.context, self.encoder.label_ids or (e.target,)) for e in self.examples]
 
     def _label_counts(self) -> list[int]:
-        """Training rows of each class, in the classes' order; empty for free text."""
-        labels = [e.label for e in self.examples]
-        return [labels.count(c) for c in range(len(self.splits.task.classes))]
+        return label_counts(self.examples, self.splits.task.classes)
 
     def _introduce(self) -> None:
         """Model, device, rows, layout and the guide's line of trainable parameters."""
@@ -254,6 +252,8 @@ def _check_names(recipe: Recipe) -> None:
     for member in members(recipe):
         parse_init(member.init, recipe.prompt.virtual_tokens)
     find(recipe.prompt.method)
+    if recipe.distill != DistillConfig():
+        raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")
     probe = build_optimizer([torch.nn.Parameter(torch.zeros(1, 1))], recipe.train, 0.1)
     build_schedule(probe, recipe.train, 10)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from foreword.artifact.peft_types import PLACED
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.source import SMOLLM2
 from foreword.data.template import parse
@@ -29,7 +30,7 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
         f"{adapter['num_virtual_tokens']} virtual tokens ({_kind(adapter)}) for the frozen model "
         f"`{base}`, {_origin(sidecar)}.", "",
         "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
-        *_classes(sidecar), *_scores(sidecar.scores), *_usage(sidecar, base), *_training(sidecar),
+        *_classes(sidecar), *_scores(sidecar.scores), *_usage(adapter, sidecar, base), *_training(sidecar),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -91,13 +92,16 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _usage(sidecar: Sidecar, base: str) -> list[str]:
+def _usage(adapter: Mapping[str, Any], sidecar: Sidecar, base: str) -> list[str]:
     row = json.dumps({f.column: "..." for f in parse(sidecar.task.template).fields}, ensure_ascii=False)
     verb = "predict" if sidecar.task.classifies else "generate"
     ours = f"""\
 import foreword
 task = foreword.load("<this folder or repository>")
 print(task.{verb}([{row}]))"""
+    if adapter["peft_type"] == PLACED:
+        elsewhere = "PEFT cannot place virtual tokens where these stand."
+        return ["## Use", "", *_fenced(ours, "python"), "", elsewhere, ""]
     return [
         "## Use", "", *_fenced(ours, "python"), "",
         "With PEFT (one row at a time: PEFT's batches depend on their padding):", "",
