@@ -16,18 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import results
 import torch
 
 import foreword
+from foreword.data.sources import read_table
+from foreword.evaluation.metrics import accuracy, confusion_matrix, macro_f1
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "prompt-tuning": {},
+    "prefix-tuning": {"method": "prefix-tuning"},
     "p-tuning (mlp)": {"method": "p-tuning"},
     "p-tuning (lstm)": {"method": "p-tuning", "encoder": "lstm"},
     "residual": {"method": "residual"},
     "low-rank": {"method": "low-rank"},
-    "prefix-tuning": {"method": "prefix-tuning"},
     "prefix-tuning (projection)": {"method": "prefix-tuning", "projection": True},
     "prefix-tuning (random start)": {"method": "prefix-tuning", "init": "random"},
     "multitask": {"method": "multitask"},
@@ -55,20 +58,28 @@ def measure(source: Source, variant: str, seed: int, model: str, label: str, tok
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         task = foreword.train(
-            model=model, data=str(source.train), eval_data=str(source.test), template=source.template, label=label,
-            out=out, prompt=prompt, train={"epochs": source.epochs, "seed": seed},
+            model=model, data=str(source.train), template=source.template, label=label, out=out, prompt=prompt,
+            train={"epochs": source.epochs, "seed": seed},
         )  # fmt: skip
-        sidecar = json.loads((out / "foreword.json").read_text())
+        training = json.loads((out / "foreword.json").read_text())["training"]
         size = (out / WEIGHTS).stat().st_size
-    training = sidecar["training"]
+    truth, confusion = confused(task, source.test, label)
     return {
-        "data": source.name, "variant": variant, "seed": seed, "accuracy": task.scores["accuracy"],
-        "macro_f1": task.scores["macro_f1"], "test_rows": task.scores["n"], "steps": training["steps"],
-        "lr": training["lr"], "step_s": training["seconds"] / training["steps"], "file_bytes": size,
-        "trainable": training["trainable"], "virtual_tokens": task.prompt.tokens,
-        "read_each_time": task.prompt.virtual_ids, "peft_type": task.adapter.config["peft_type"],
-        "zero_shot": task.scores["baselines"]["zero_shot"]["accuracy"], "rows": training["rows"],
+        "data": source.name, "variant": variant, "seed": seed, "accuracy": accuracy(confusion),
+        "macro_f1": macro_f1(confusion), "test_rows": len(truth), "steps": training["steps"], "lr": training["lr"],
+        "step_s": training["seconds"] / training["steps"], "file_bytes": size, "trainable": training["trainable"],
+        "virtual_tokens": task.prompt.tokens, "read_each_time": task.prompt.virtual_ids,
+        "peft_type": task.adapter.config["peft_type"], "rows": training["rows"],
     }  # fmt: skip
+
+
+def confused(task: Any, test: Path, label: str) -> tuple[list[int], Any]:
+    """True classes of the test rows, and the confusion matrix ``[C, C]`` of the predictions."""
+    table = read_table(str(test), "test")
+    classes = task.task.classes
+    truth = [classes.index(str(row[label])) for row in table.rows]
+    said = [classes.index(p.label) for p in task.predict(table.rows)]
+    return truth, confusion_matrix(np.array(truth), np.array(said), len(classes))
 
 
 def main() -> None:
@@ -87,9 +98,8 @@ def main() -> None:
                 if (source.name, variant, seed) in done:
                     continue
                 run = measure(source, variant, seed, args.model, args.label, args.virtual_tokens)
-                print(
-                    f"{source.name:6} {variant:28} seed {seed}: accuracy {run['accuracy']:.3f}, {run['step_s']:.2f} s"
-                )
+                line = f"{source.name:6} {variant:28} seed {seed}: accuracy {run['accuracy']:.3f}"
+                print(f"{line}, {run['step_s']:.2f} s a step", flush=True)
                 found["runs"].append(run)
                 path.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -62,7 +62,7 @@ def _scores(result: Mapping[str, Any]) -> Iterator[str]:
         run = next(r for r in result["runs"] if r["data"] == name)
         yield (
             f"- **{name}**: {run['rows']} training rows, {run['steps']} steps of 8 rows, scored on "
-            f"{run['test_rows']} test rows; zero-shot {run['zero_shot']:.3f}."
+            f"{run['test_rows']} test rows."
         )
     yield ""
     columns = [f"{name} accuracy | {name} macro-F1 | {name} s a step" for name in sources]

