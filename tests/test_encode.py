@@ -105,6 +105,19 @@ def test_a_tokenizers_opening_token_is_kept_and_its_closing_token_dropped() -> N
     assert example.context == (1, *raw("late :"))
     assert example.target == (*raw(" fox"), END)
 
+    def placed(template: str, placement: str) -> tuple[int, ...]:
+        task = Task(template, " ", "label", placement=placement)
+        made = Encoder(task, Wrapping(), 100, END, range(900, 904))
+        assert made.at_front == (made.contexts(table_of({"text": "late"}))[0][:4] == (900, 901, 902, 903))
+        return made.contexts(table_of({"text": "late"}))[0]
+
+    soft = (900, 901, 902, 903)
+    assert placed("{text} :", "front") == (*soft, 1, *raw("late :"))
+    assert placed("{text} :", "after-bos") == (1, *soft, *raw("late :"))
+    assert placed("{text} :", "end") == (1, *raw("late :"), *soft)
+    assert placed("{soft:4}{text} :", "front") == (*soft, 1, *raw("late :"))
+    assert placed("{soft:1}so {text}{soft:3} :", "front") == (900, 1, *raw("so late"), *soft[1:], *raw(" :"))
+
 
 # Classes
 

@@ -191,6 +191,9 @@ def test_stock_peft_refuses_tokens_it_would_put_elsewhere(model_folder: Path, tm
     train(model_folder, tmp_path / "run", {"virtual_tokens": 4, "placement": "end"})
     assert json.loads((tmp_path / "run" / CONFIG).read_text())["peft_type"] == PLACED
     assert "PeftModel" not in (tmp_path / "run" / "README.md").read_text()
+    (tmp_path / "run" / "foreword.json").unlink()
+    with pytest.raises(ForewordError, match="nothing says where"):
+        foreword.load(tmp_path / "run")
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     with pytest.raises(KeyError, match=PLACED):
         peft.PeftModel.from_pretrained(base, tmp_path / "run")
@@ -212,8 +215,9 @@ def test_the_zero_shot_baseline_reads_no_virtual_token(model_folder: Path, tmp_p
 def test_training_goes_on_from_any_adapter(model_folder: Path, tmp_path: Path, name: str) -> None:
     first = train(model_folder, tmp_path / "first", settings(name))
     prompt = {**settings(name), "virtual_tokens": 0, "init": "adapter", "init_adapter": str(tmp_path / "first")}
-    train(model_folder, tmp_path / "more", prompt, train={"lr": 1e-12, "epochs": 1})
-    again = read_adapter(tmp_path / "more").prompt
+    more = train(model_folder, tmp_path / "more", prompt, train={"lr": 1e-12, "epochs": 1}, eval_data=DATA[:5])
+    assert more.scores["baselines"]["start"]["loss"] == pytest.approx(more.scores["loss"], abs=1e-5)
+    again = more.adapter.prompt
     torch.testing.assert_close(again.values, first.adapter.prompt.values, atol=1e-5, rtol=1e-4)
 
 

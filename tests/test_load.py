@@ -92,6 +92,13 @@ def test_label_words_and_template_can_be_given_to_an_adapter_without_a_sidecar(
     assert isinstance(raw.generate(["my parcel"], Sampling(max_new_tokens=3))[0], str)
 
 
+def test_the_device_and_type_asked_for_are_those_that_are_used(task: foreword.Foreword) -> None:
+    loaded = foreword.load(task.adapter.folder, device="cpu", dtype="bfloat16")
+    assert (loaded.backbone.device.type, loaded.backbone.dtype) == ("cpu", torch.bfloat16)
+    with pytest.raises(ForewordError, match="no device"):
+        foreword.load(task.adapter.folder, device="cuda:97")
+
+
 def test_a_soft_prompt_of_another_width_is_refused_naming_both(model_folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(ModelConfig(str(model_folder)))
     tensors = {"prompt_embeddings": torch.zeros(3, 2 * tiny.HIDDEN)}

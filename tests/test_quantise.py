@@ -157,8 +157,8 @@ def test_noise_is_what_the_gradient_does_not_explain() -> None:
     x = torch.linspace(-1, 1, 50, dtype=torch.float64).requires_grad_()
     draws = [loss_noise(lambda: (x * 3).sum() + 5, [x], generator(i)) for i in range(2)]
     assert max(draws) < 1e-12
-    stairs = loss_noise(lambda: ((x * 3).sum() * 50).round() / 50, [x], generator())
-    assert 0 < stairs < 0.04
+    stairs = loss_noise(lambda: ((x * 3).sum() * 1000).round() / 1000, [x], generator())
+    assert 0.001 < stairs < 0.02
 
 
 # Loading

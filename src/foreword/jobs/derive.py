@@ -17,6 +17,7 @@ from foreword.backbone.attach import compiled
 from foreword.backbone.choose import LOW_PRECISION, TOLERANCE
 from foreword.backbone.load import Backbone
 from foreword.config import PromptConfig
+from foreword.data.sources import file_name
 from foreword.errors import ForewordError
 from foreword.evaluation.scoring import score_branches
 from foreword.jobs.load import Foreword, load
@@ -142,7 +143,9 @@ def write_derived(
     )  # fmt: skip
     if not make_encoder(task, backbone, prompt.tokens, prompt.kind).at_front:
         adapter = placed_config(adapter)
-    sidecar = Sidecar(task, backbone_facts(backbone), dict(scores), dict(facts), library_versions())
+    named = {**facts, "from": [file_name(source) for source in facts["from"]]}  # shared later: without local folders
+    sidecar = Sidecar(task, backbone_facts(backbone), dict(scores), named, library_versions())
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "README.md", model_card(adapter, sidecar).encode())
     write_adapter(out, tensors, adapter, sidecar)
 

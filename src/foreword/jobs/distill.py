@@ -22,6 +22,7 @@ from foreword.backbone.load import Backbone, load_backbone
 from foreword.checks import check, check_distill
 from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
+from foreword.data.sources import file_name
 from foreword.errors import ForewordError
 from foreword.evaluation.agreement import agreement, candidates
 from foreword.evaluation.evaluate import Outcome, label_counts, run_rows, scores_of, with_baselines
@@ -119,7 +120,7 @@ class _Distillation:
             "no text": (no_prompt(self.backbone), layout),
         }
         outcomes = {name: self._outcome(who, study.held_out, how) for name, (who, how) in contenders.items()}
-        source = self.recipe.distill.text or f"{len(self.few_rows)} rows of {self.recipe.data.path}"
+        source = self.recipe.distill.text or f"{len(self.few_rows)} rows of {file_name(self.recipe.data.path)}"
         facts = {
             "how": "distilled", "from": [source],
             "text_tokens": len(self.text_ids), "tokens_saved": len(self.text_ids) - made.tokens,

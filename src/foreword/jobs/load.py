@@ -9,6 +9,7 @@ from typing import Any
 
 from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate, push
+from foreword.artifact.peft_types import PLACED
 from foreword.backbone.choose import Layout, choose_layout
 from foreword.backbone.fingerprint import Fingerprint
 from foreword.backbone.generate import Sampling, generate, stream
@@ -184,7 +185,7 @@ def load(
         raise ForewordError("the adapter does not name its backbone", str(adapter.folder), "add --model ID")
     config_revision = None if model else known.get("revision") or adapter.config.get("revision")
     try:
-        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype, device))
+        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype=dtype, device=device))
     except ForewordError as e:
         if model:
             raise
@@ -202,9 +203,8 @@ def open_run(folder: Path, backbone: Backbone) -> Foreword:
 
 def check_backbone(adapter: Adapter, backbone: Backbone, force: bool = False) -> None:
     """Refuses a backbone the soft prompt was not trained for, naming both."""
-    trained = (adapter.sidecar.backbone if adapter.sidecar else {}).get("name") or adapter.config.get(
-        "base_model_name_or_path"
-    )
+    named = (adapter.sidecar.backbone if adapter.sidecar else {}).get("name")
+    trained = named or adapter.config.get("base_model_name_or_path") or "a model it does not name"
     where = f"adapter {adapter.folder} of {trained}, backbone {backbone.name}"
     width, prompt = adapter.prompt.values.shape[1], adapter.prompt
     own = backbone.hidden_size if prompt.kind == "rows" else backbone.geometry.width
@@ -228,7 +228,12 @@ def _task(adapter: Adapter, template: str | None, label_words: Mapping[str, str]
     words = dict(label_words or {})
     if adapter.sidecar is None:
         source = template if template is not None else RAW
-        parse(source)
+        if parse(source).soft_tokens == 0 and adapter.config.get("peft_type") == PLACED:
+            raise ForewordError(
+                "its virtual tokens do not stand in front, and without its sidecar nothing says where",
+                str(adapter.folder),
+                "give a template with {soft:N} in it, or the folder with foreword.json",
+            )
         return Task(source, separator, "label", tuple(words), tuple(words.values()))
     task = adapter.sidecar.task
     if template is not None:

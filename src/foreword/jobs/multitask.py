@@ -111,7 +111,6 @@ def _train(
             **trained.figures,
         }
         folder = out / TASKS / f"{t:02}-{task.name}"
-        folder.mkdir(parents=True, exist_ok=True)
         write_derived(
             folder, mine, backbone, task.splits.task, facts, _scores(task, backbone, kept.soft_prompt(), layout)
         )

@@ -90,7 +90,7 @@ def first_method(
     """
     generator = torch.Generator().manual_seed(member.seed)
     if examples is not None:
-        rows = _embed(backbone, examples.ids)
+        rows = embedded(backbone, examples.ids)
         return build(Start(rows, token_ids=examples.ids, token_types=examples.types), config, generator)
     kind = METHODS[config.method].kind
     adapter = _adapter(config, backbone) if member.init == "adapter" else None
@@ -114,7 +114,7 @@ def _first_rows(
     special = list(backbone.tokenizer.all_special_ids)
 
     def embed(ids: Sequence[int]) -> torch.Tensor:
-        return _embed(backbone, ids)
+        return embedded(backbone, ids)
 
     def frequent() -> list[int]:
         found = init.frequent_ids(backbone.tokenizer.get_vocab(), special, backbone.vocab_size)
@@ -139,7 +139,7 @@ def _first_rows(
     return init.compose(parts)(config.virtual_tokens)
 
 
-def _embed(backbone: Backbone, ids: Sequence[int]) -> torch.Tensor:
+def embedded(backbone: Backbone, ids: Sequence[int]) -> torch.Tensor:
     """Embeddings ``[n, H]`` as the model reads them, float32."""
     with torch.no_grad():
         rows: torch.Tensor = backbone.embedding(torch.tensor(list(ids), device=backbone.device))

@@ -21,7 +21,7 @@ from foreword.checks import check
 from foreword.config import DistillConfig, PromptConfig, Recipe, members
 from foreword.data.encode import Encoder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plain, run_rows, with_baselines
+from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plain, run_rows, scores_of, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.fewshot import FewShot, few_shot
@@ -31,7 +31,6 @@ from foreword.prompts.initialisers import parse_init
 from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.cpt import label_targets
 from foreword.prompts.methods.registry import METHODS, find, with_rates
-from foreword.prompts.soft import SoftPrompt
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
@@ -76,7 +75,7 @@ def run(
         job = _Job(recipe, splits, out, console)
         mark_started(recipe, splits.data_hash, out)
         trained = job.train()
-        job.write(trained, job.score(trained.kept))
+        job.write(trained, job.score(trained))
     return job.backbone
 
 
@@ -111,7 +110,7 @@ class _Job:
         """The population on all training rows."""
         return self._train_on(self.out, self.examples, "training")
 
-    def score(self, kept: SoftPrompt) -> dict[str, Any]:
+    def score(self, trained: Trained) -> dict[str, Any]:
         """Held-out or cross-validated scores beside the baselines; empty without such rows."""
         if not self.splits.protocol:
             return {}
@@ -122,10 +121,16 @@ class _Job:
         else:
             rows = self.held_out
             with counting(self.console, "scoring", len(rows)) as progress:
-                outcome = run_rows(self.backbone, kept, rows, label_ids, layout, progress)
+                outcome = run_rows(self.backbone, trained.kept, rows, label_ids, layout, progress)
         with counting(self.console, "baseline", len(rows)) as progress:
             plain = run_plain(self.backbone, rows, label_ids, layout, progress)
-        return with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
+        scores = with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
+        best = trained.population.best
+        if self.members[best].init == "adapter":  # what going on from it brought
+            start = self.methods[best].soft_prompt()
+            before = run_rows(self.backbone, start.to(self.backbone.device), rows, label_ids, layout)
+            scores["baselines"]["start"] = scores_of(before, task.classes)
+        return scores
 
     def write(self, trained: Trained, scores: dict[str, Any]) -> None:
         """The adapter folder of the best member with sidecar and model card, and those of all members."""

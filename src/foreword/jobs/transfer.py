@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 from foreword.artifact.folder import read_adapter
 from foreword.artifact.hub import locate
 from foreword.artifact.lock import run_folder
-from foreword.backbone.load import Backbone, load_backbone, load_tokenizer
+from foreword.backbone.load import load_backbone, load_tokenizer
 from foreword.config import ModelConfig
 from foreword.evaluation.evaluate import silent
 from foreword.jobs.data import Source
 from foreword.jobs.derive import Scored, derived, lineage, load_source, write_derived
+from foreword.jobs.prepare import embedded
 from foreword.prompts.soft import SoftPrompt
 from foreword.prompts.transfer import Map, carried, fit, refuse_prefix, shared_ids
 from foreword.records import Task
@@ -76,7 +76,7 @@ def transfer_run(
         refuse_prefix(read_adapter(locate(source)).prompt, source)
         before = _before(source, model, data, split, device, from_model, progress)
         target = load_backbone(ModelConfig(model, device=device))
-        found = fit(before.embeddings, _embeddings(target, before.target_ids))
+        found = fit(before.embeddings, embedded(target, before.target_ids))
         prompt = carried(before.prompt, found)
         facts = {**before.facts, "shared_tokens": found.tokens + found.held_out, "r2": round(found.r2, 4)}
         scored = list(before.scored)
@@ -104,7 +104,7 @@ def _before(
     scored = []
     if data is not None:
         scored = [Scored(f"{source} on {own.name}", made.evaluate(data, split, progress=progress))]
-    embeddings = _embeddings(own, [mine for mine, _ in pairs])
+    embeddings = embedded(own, [mine for mine, _ in pairs])
     return _Before(made.adapter.prompt, made.task, embeddings, [theirs for _, theirs in pairs], facts, scored)
 
 
@@ -112,10 +112,3 @@ def _vocabulary(tokenizer: Any, rows: int) -> dict[str, int]:
     """Tokens with an embedding and their ids, without the special ones."""
     special = set(tokenizer.all_special_ids)
     return {token: i for token, i in tokenizer.get_vocab().items() if i < rows and i not in special}
-
-
-def _embeddings(backbone: Backbone, ids: Sequence[int]) -> torch.Tensor:
-    """Embeddings ``[n, H]`` as the model reads them, float32."""
-    with torch.no_grad():
-        rows: torch.Tensor = backbone.embedding(torch.tensor(list(ids), device=backbone.device))
-        return rows.float().cpu()

@@ -53,6 +53,7 @@ def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
     named = [
         ("soft prompt", scores),
+        ("the adapter it began with", scores["baselines"].get("start")),
         ("full text", scores["baselines"].get("full_text")),
         ("zero-shot", scores["baselines"].get("zero_shot")),
         ("majority class", scores["baselines"].get("majority")),
