@@ -14,16 +14,22 @@ from results import FOLDER, newest
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 FACTS: dict[str, tuple[str, str]] = {
-    "prompt-tuning": ("the rows", "the default: smallest, exact in every server that takes embeddings"),
-    "p-tuning (mlp)": ("rows and a three-layer encoder over them", "long trainings; slow at few steps"),
-    "p-tuning (lstm)": ("rows and a two-layer LSTM over them", "as above, when neighbours should share"),
-    "residual": ("rows and a shared bottleneck that is added to them", "high learning rates, long trainings"),
+    "prompt-tuning": ("the rows", "the default: smallest, and read by every server that takes embeddings"),
+    "p-tuning (mlp)": (
+        "rows and a three-layer encoder over them",
+        "its paper's long trainings; behind at so few steps",
+    ),
+    "p-tuning (lstm)": ("rows and a two-layer LSTM over them", "the same"),
+    "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; level with the rows here"),
     "low-rank": ("two factors of the rows", "many virtual tokens: numbers grow with P + H, not P x H"),
-    "prefix-tuning": ("keys and values of every layer, from a text's", "most capacity; nothing to read at a request"),
-    "prefix-tuning (projection)": ("a network that makes keys and values", "the paper's form; large while it trains"),
-    "prefix-tuning (random start)": ("keys and values, from random rows read", "no text at hand"),
+    "prefix-tuning": ("keys and values of every layer, from a text's", "scores, and nothing to read at a request"),
+    "prefix-tuning (projection)": (
+        "a network that makes keys and values",
+        "the same, with 30 times the numbers to train",
+    ),
+    "prefix-tuning (random start)": ("keys and values, from random rows", "only where there is no text to start from"),
     "multitask": ("rows times low-rank factors", "targets that start from several source tasks"),
-    "cpt": ("small moves of few-shot examples' rows", "examples that already work, and no room to overfit"),
+    "cpt": ("small moves of few-shot examples' rows", "examples that already work, no room to overfit"),
     "cartridge": ("keys and values but the first token's", "long texts: `foreword distill`"),
 }
 """What is trained, and where a variant is worth trying."""

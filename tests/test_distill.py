@@ -88,6 +88,10 @@ def test_a_distillation_resumed_is_uninterrupted_bit_for_bit(
         patch.setattr(training, "interruptible", _after(3))
         with pytest.raises(KeyboardInterrupt):
             distill(choice, tmp_path / "cut")
+    text_file.write_text(LONG + " and more")
+    with pytest.raises(ForewordError, match="are not those"):
+        distill(choice, tmp_path / "cut", resume=True)
+    text_file.write_text(LONG)
     distill(choice, tmp_path / "cut", resume=True)
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
@@ -128,6 +132,8 @@ def test_few_shot_examples_are_made_into_tokens_and_scored(model_folder: Path, t
         ({"distill": {"few_shot": 9}}, "need labelled rows"),
         ({"distill": {"text": "t.txt"}, "prompt": {"method": "cpt"}}, "cpt starts from rows"),
         ({"distill": {"text": "t.txt"}}, "cannot read the text"),
+        ({"distill": {"text": "LONG"}, "prompt": {"placement": "end"}}, "in front of everything"),
+        ({"distill": {"text": "LONG"}, "prompt": {"init": "random"}}, "starts as its text"),
         ({"distill": {"text": "LONG"}, "prompt": {"virtual_tokens": 400}}, "save nothing"),
     ],
 )
@@ -236,6 +242,8 @@ def test_tasks_share_a_soft_prompt_and_a_new_one_starts_from_it(
             multitask([first, second], tmp_path / "cut", resume=False)
     multitask([first, second], tmp_path / "cut", resume=True)
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "run" / WEIGHTS).read_bytes()
+    with pytest.raises(ForewordError, match="holds 2 tasks"):
+        foreword.load(tmp_path / "run")
     target = foreword.train(
         model=str(model_folder), data=[{"text": t, "label": y} for t, y in ROWS], label="label", template=TEMPLATE,
         out=tmp_path / "target", train={"lr": 1e-12, "epochs": 1},
@@ -262,5 +270,5 @@ def test_tasks_that_cannot_train_together_are_refused(model_folder: Path, tmp_pa
     with pytest.raises(ForewordError, match="same name"):
         multitask([first, first], tmp_path / "run", resume=False)
     other = ("other", merge(first[1], {"model": {"id": "x/y"}}, "test"))
-    with pytest.raises(ForewordError, match="different models"):
+    with pytest.raises(ForewordError, match="differ in model"):
         multitask([first, other], tmp_path / "run", resume=False)

@@ -19,11 +19,14 @@ from conftest import ROWS
 from foreword.artifact.folder import CONFIG, WEIGHTS, read_adapter
 from foreword.artifact.peft_types import PLACED
 from foreword.backbone.generate import Sampling
+from foreword.checks import check
+from foreword.config import Recipe
 from foreword.errors import ForewordError
 from foreword.evaluation.scoring import score_branches
 from foreword.jobs import training
 from foreword.jobs.derive import compile_run
 from foreword.prompts.methods.registry import METHODS
+from foreword.recipe import merge
 
 TEXTS = [t for t, _ in ROWS]
 DATA = [{"text": t, "label": y} for t, y in ROWS]
@@ -235,6 +238,21 @@ def test_training_goes_on_from_what_peft_wrote(model_folder: Path, tmp_path: Pat
     task = train(model_folder, tmp_path / "ours", prompt)
     assert task.prompt.tokens == 3
     assert not torch.equal(task.adapter.prompt.values, read_adapter(tmp_path / "theirs").prompt.values)
+
+
+def test_starts_that_would_silently_be_something_else_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    train(model_folder, tmp_path / "mine", settings("multitask"))
+    start = {"init": "adapter", "init_adapter": str(tmp_path / "mine")}
+    with pytest.raises(ForewordError, match="has 4 virtual tokens, not 5"):
+        train(model_folder, tmp_path / "more", {**settings("multitask"), **start, "virtual_tokens": 5})
+    with pytest.raises(ForewordError, match="another backbone"):
+        train(tiny.save(tmp_path / "other", seed=3), tmp_path / "more", {**settings("prompt-tuning"), **start})
+    folded = {"model": {"id": "m"}, "data": {"path": "d.csv", "label": "y", "text": "x", "folds": 2}}
+    with pytest.raises(ForewordError, match="would be read as cpt's examples"):
+        check(merge(Recipe(), {**folded, "prompt": {"method": "cpt"}}, "test"))
+    with pytest.raises(ForewordError, match="places 3 virtual tokens, the soft prompt has 4"):
+        foreword.load(tmp_path / "mine", template="{soft:3}{text} :")
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_prefix_from_a_text_is_that_text_read(model_folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from foreword.prompts.methods.base import Start
 from foreword.prompts.methods.prefix_tuning import PrefixTuning
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
+from foreword.training import prepare
 from foreword.training.loop import Hooks, train
 from foreword.training.prepare import prepared
 from foreword.training.state import Population, make_plan, start
@@ -166,16 +167,13 @@ def test_a_step_on_a_prefix_is_plain_torch(family: str, layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(("family", "layout"), [("llama-gqa", "packed"), ("bloom", "rows")])
-@pytest.mark.parametrize("change", [{}, {"recompute": True}, {"token_budget": 40}, {"engine": "compile"}])
+@pytest.mark.parametrize("change", [{}, {"recompute": True}, {"token_budget": 40}, {"static": True}])
 def test_prefixes_train_together_as_alone(
     family: str, layout: Layout, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if change.get("engine"):  # static shapes alone: layers uncompiled
-        from contextlib import nullcontext
-
-        from foreword.training import prepare
-
-        monkeypatch.setattr(prepare, "compiled_layers", lambda model: nullcontext())
+    change = dict(change)
+    if change.pop("static", False):  # the shapes that a graph would be captured in
+        monkeypatch.setattr(prepare, "choose_engine", lambda *args: "graph")
     backbone = tiny.backbone(family, torch.float64)
     config = dataclasses.replace(CONFIG, **change)
     together = begin(backbone, config=config)

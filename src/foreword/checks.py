@@ -80,7 +80,14 @@ def check_distill(recipe: Recipe) -> None:
     _need(recipe.prompt.virtual_tokens > 0, "prompt.virtual_tokens", "a text is longer than its soft prompt", "give it")
     only_last = "the student follows its teacher and is not chosen by labels"
     _need(recipe.train.select == "last", "train.select", only_last, "leave train.select out")
-    _need(not recipe.data.folds, "data.folds", "a distillation has no folds", "data.eval_fraction=0.2")
+    for key in ("data.folds", "data.validation_fraction"):
+        _need(not value_of(recipe, key), key, f"a distillation has no {key}", "data.eval_fraction=0.2")
+    default = PromptConfig()
+    for key in ("prompt.placement", "prompt.init", "prompt.init_text", "prompt.init_adapter"):
+        same = value_of(recipe, key) == getattr(default, key.removeprefix("prompt."))
+        _need(same, key, "a distilled soft prompt starts as its text, in front of everything", f"leave {key} out")
+    placed = parse(recipe.data.template).soft_tokens if recipe.data.template else 0
+    _need(not placed, "data.template", "a distilled soft prompt stands in front of everything", "leave {soft:N} out")
     for key in ("distill.queries", "distill.answer_tokens", "distill.candidates"):
         value = value_of(recipe, key)
         _need(value >= 2, key, f"{key} must be more than 1, not {value}", f"set {key} to 2 or more")
@@ -182,6 +189,8 @@ def _check_method(recipe: Recipe) -> None:
         _need(not elsewhere, "prompt.placement", "cpt reads its examples before everything", "prompt.placement=front")
         several_inits = "cpt starts from training rows and takes no other initialiser"
         _need(prompt.init == PromptConfig().init, "prompt.init", several_inits, "leave prompt.init out")
+        read_twice = "rows held out of a fold would be read as cpt's examples"
+        _need(not recipe.data.folds, "data.folds", read_twice, "data.eval_fraction=0.2")
     default = PromptConfig().virtual_tokens
     _need(
         not placed or prompt.virtual_tokens in (0, default, placed),

@@ -86,7 +86,8 @@ class PromptConfig:
     method: str = "prompt-tuning"
     """prompt-tuning, p-tuning, residual, low-rank, prefix-tuning, multitask, cpt or cartridge."""
     virtual_tokens: int = 16
-    """Number of virtual tokens, P; 0: as many as the text or adapter it starts from."""
+    """Number of virtual tokens, P; 0: as many as the text or adapter it starts from. cpt: most tokens of its
+    examples; 0 and the default: one row of each class."""
     placement: str = "front"
     """Where the virtual tokens stand: front (PEFT's), after-bos, or end (behind the context). A template
     with {soft:N} in it says so itself."""
@@ -94,8 +95,8 @@ class PromptConfig:
     """Soft prompts trained in one pass, their seeds counting up from train.seed; the best is kept.
     Lists in prompt.init, train.lr and train.seed make one for every combination."""
     init: str | tuple[str, ...] = "text"
-    """text, classes, vocabulary, random, adapter or peft-random; joined with + and sized
-    with :N, as in "vocabulary+classes:4" (one part takes the rest). A list: a population."""
+    """text, classes, vocabulary, random, adapter or peft-random (for prefixes zero too); joined with + and
+    sized with :N, as in "vocabulary+classes:4" (one part takes the rest). A list: a population."""
     init_text: str = ""
     """Text for init=text; empty: an instruction made from the class names."""
     init_adapter: str = ""
@@ -123,7 +124,8 @@ class TrainConfig:
     """The optimisation."""
 
     lr: float | tuple[float, ...] = 0.0
-    """Learning rate; 0: the method's own (0.03 for rows at the embedding). A list: a population."""
+    """Learning rate; 0: the method's own (0.03; cpt, residual, cartridge 0.01; p-tuning 0.001; a projection
+    0.0005). A list: a population."""
     epochs: int = 30
     """Passes over the training rows."""
     batch_size: int = 8

@@ -27,6 +27,8 @@ def push(folder: Path, repo: str, private: bool = False, message: str = "Add sof
 
     if not HUB_ID.fullmatch(repo):
         raise ForewordError("not a hub id", repo, "hub ids look like user/name")
+    if folder.is_file():
+        raise ForewordError("a bare file has no configuration to share", str(folder), "foreword export it to a folder")
     adapter = read_adapter(folder)  # never share what could not be loaded
     files: dict[str, Path | bytes] = {n: folder / n for n in SHARED_FILES if (folder / n).is_file()}
     files.setdefault(WEIGHTS, weights_bytes(adapter.tensors))
@@ -68,7 +70,14 @@ def _without_folders(recipe: Path) -> bytes:
     data = found.data
     held_out = data.eval_path and file_name(data.eval_path)
     data = replace(data, path=file_name(data.path), eval_path=held_out)
-    return to_yaml(replace(found, data=data, model=replace(found.model, id=file_name(found.model.id)))).encode()
+    shared = replace(
+        found,
+        data=data,
+        model=replace(found.model, id=file_name(found.model.id)),
+        prompt=replace(found.prompt, init_adapter=file_name(found.prompt.init_adapter)),
+        distill=replace(found.distill, text=file_name(found.distill.text)),
+    )
+    return to_yaml(shared).encode()
 
 
 @contextmanager

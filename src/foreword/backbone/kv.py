@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,12 +56,12 @@ def probed(model: Any, name: str) -> Geometry:
     fix = "use prompt.method=prompt-tuning, whose rows every model reads"
     if getattr(model, "_is_stateful", False):
         raise ForewordError(f"{config.model_type} is recurrent and has no keys and values", name, fix)
-    cache = DynamicCache()
+    left = DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.tensor([[1]], device=model.device), past_key_values=cache, use_cache=True)
-    shapes = {tuple(part.shape) for layer in cache.layers for part in (layer.keys, layer.values)}
+        model(input_ids=torch.tensor([[1]], device=model.device), past_key_values=left, use_cache=True)
+    shapes = {tuple(part.shape) for layer in left.layers for part in (layer.keys, layer.values)}
     shared = getattr(config, "num_kv_shared_layers", None)
-    if len(cache.layers) != layers or len(shapes) != 1 or shared:
+    if len(left.layers) != layers or len(shapes) != 1 or shared:
         raise ForewordError(
             f"the layers of {config.model_type} share or differ in keys and values, which a prefix cannot hold",
             name,
@@ -70,17 +71,17 @@ def probed(model: Any, name: str) -> Geometry:
     return Geometry(layers, heads, head_dim)
 
 
-def cache_of(layers: Layers, config: Any = None) -> Any:
+def cache_of(layers: Layers) -> Any:
     """A cache that holds the layers; what a forward pass reads is appended to it.
 
-    Without ``config`` every layer keeps all: our own masks do the windows.
+    Every layer keeps all: our own masks do the windows.
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=config) if config is not None else DynamicCache()
+    held = DynamicCache()
     for i, (keys, values) in enumerate(layers):
-        cache.update(keys, values, i)
-    return cache
+        held.update(keys, values, i)
+    return held
 
 
 def lasting_cache(layers: Layers) -> Any:
@@ -88,7 +89,21 @@ def lasting_cache(layers: Layers) -> Any:
 
     So a layer may run twice, as it does when activations are recomputed for the backward pass.
     """
-    from transformers.cache_utils import Cache, DynamicLayer
+    from transformers.cache_utils import Cache
+
+    made = []
+    for keys, values in layers:
+        layer = _lasting_layer()()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        made.append(layer)
+    return Cache(layers=made)
+
+
+@cache
+def _lasting_layer() -> Any:
+    """The class of one layer of such a cache; made when first needed, as transformers is imported then."""
+    from transformers.cache_utils import DynamicLayer
 
     class Lasting(DynamicLayer):  # type: ignore[misc]
         def update(
@@ -96,10 +111,4 @@ def lasting_cache(layers: Layers) -> Any:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
-    made = []
-    for keys, values in layers:
-        layer = Lasting()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        made.append(layer)
-    return Cache(layers=made)
+    return Lasting

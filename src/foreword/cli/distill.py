@@ -16,7 +16,7 @@ def distill(
     text: Annotated[str | None, typer.Option("--text", help="Long text that the soft prompt stands for.")] = None,
     few_shot: Annotated[int | None, typer.Option("--few-shot", help="Instead: rows of --data, in TOKENS.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Rows that come after the text; labels are not read.")
+        str | None, typer.Option("--data", help="Rows that come after the text; labels are not learnt.")
     ] = None,
     eval_data: o.EvalData = None,
     label: o.Label = None,

@@ -31,7 +31,8 @@ def print_run(folder: Path, console: Console) -> None:
     adapter = read_adapter(folder)
     sidecar, prompt = adapter.sidecar, adapter.prompt
     files = [folder / f for f in (CONFIG, WEIGHTS, LEGACY_WEIGHTS, SIDECAR, "README.md") if (folder / f).is_file()]
-    weights = next(f for f in files if f.name in (WEIGHTS, LEGACY_WEIGHTS))
+    files = [folder] if folder.is_file() else files
+    weights = files[0] if folder.is_file() else next(f for f in files if f.name in (WEIGHTS, LEGACY_WEIGHTS))
     facts = {
         "soft prompt": f"{prompt.tokens} virtual tokens{_what(adapter.config)}, {prompt.values.shape[1]} numbers each",
         "backbone": sidecar.backbone["name"] if sidecar else adapter.config.get("base_model_name_or_path"),

@@ -39,6 +39,13 @@ class Encoder:
         self.task, self.tokenizer, self.end_id, self.virtual = task, tokenizer, end_id, tuple(virtual)
         self.limit = min(limit, task.max_length) if task.max_length else limit
         self.template = parse(task.template)
+        if self.virtual and self.template.soft_tokens not in (0, len(self.virtual)):
+            placed, there = self.template.soft_tokens, len(self.virtual)
+            raise ForewordError(
+                f"the template places {placed} virtual tokens, the soft prompt has {there}",
+                f"template {task.template!r}",
+                "let the numbers in {soft:N} add up to it",
+            )
         self.columns = tuple(f.column for f in self.template.fields)
         self.label_ids = tuple(self.target_ids(w) for w in task.words)
         """Token ids of each class's label words, end token included."""
@@ -128,7 +135,7 @@ class Encoder:
             ids = self._ids(self.template.render(row))
             if self.task.placement == "end":
                 return (*ids, *self.virtual)
-            start = len(self._opening) if self.task.placement == "after-bos" else 0
+            start = len(self.opening) if self.task.placement == "after-bos" else 0
             return (*ids[:start], *self.virtual, *ids[start:])
         found: list[int] = []
         rest, first = iter(self.virtual), True
@@ -147,10 +154,10 @@ class Encoder:
             return True
         if self.template.soft_tokens:
             return self.template.parts[0] == Soft(self.template.soft_tokens)
-        return self.task.placement == "front" or (self.task.placement == "after-bos" and not self._opening)
+        return self.task.placement == "front" or (self.task.placement == "after-bos" and not self.opening)
 
     @cached_property
-    def _opening(self) -> tuple[int, ...]:
+    def opening(self) -> tuple[int, ...]:
         """What the tokenizer puts before every text (BOS); mostly nothing."""
         raw = self._raw("a")
         ids = self._ids("a")

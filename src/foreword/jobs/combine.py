@@ -15,7 +15,8 @@ from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import silent
 from foreword.jobs.data import Source
 from foreword.jobs.derive import Scored, derived, lineage, load_source, write_derived
-from foreword.jobs.load import Foreword, check_backbone, open_run
+from foreword.jobs.load import Foreword, open_run
+from foreword.jobs.match import check_backbone
 from foreword.prompts.combine import HALF, combine
 from foreword.records import Task
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foreword.artifact.atomic import write_atomic
-from foreword.artifact.folder import Adapter, write_adapter
+from foreword.artifact.folder import Adapter, read_adapter, write_adapter
 from foreword.artifact.lock import run_folder
 from foreword.artifact.peft_types import TENSOR, peft_config, placed_config
 from foreword.artifact.sidecar import Sidecar
@@ -51,7 +51,11 @@ def compile_run(source: str, out: Path, model: str | None = None, device: str = 
         ForewordError: it is a prefix already, does not stand at the front, or the backbone's layers
             share or differ in their keys and values.
     """
-    made = load_source(source, model, device)
+    with run_folder(out, resume=False):
+        return _compiled(source, out, load_source(source, model, device))
+
+
+def _compiled(source: str, out: Path, made: Foreword) -> Foreword:
     if made.prompt.kind == "prefix":
         raise ForewordError("this soft prompt is keys and values already", source, "use it as it is")
     if not made.encoder.at_front:
@@ -62,10 +66,12 @@ def compile_run(source: str, out: Path, model: str | None = None, device: str = 
         )
     prompt = SoftPrompt(compiled(made.backbone, made.prompt.values), "prefix")
     _prove(made.backbone, made.prompt, prompt)
-    with run_folder(out, resume=False):
-        facts = {"how": "compiled", "from": [source], **lineage([made.adapter])}
-        write_derived(out, prompt, made.backbone, made.task, facts, made.scores)
-    return made
+    facts = {"how": "compiled", "from": [source], **lineage([made.adapter])}
+    scores = dict(made.scores)
+    if scores:
+        scores["protocol"] = f"{scores['protocol']}, measured before compiling"
+    write_derived(out, prompt, made.backbone, made.task, facts, scores)
+    return Foreword(read_adapter(out), made.backbone, made.task)
 
 
 def load_source(source: str, model: str | None, device: str, option: str = "--model") -> Foreword:

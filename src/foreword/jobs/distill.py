@@ -6,6 +6,7 @@ tokens, keep the first as an attention sink, and learn the teacher's own next-to
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +32,9 @@ from foreword.evaluation.scoring import Floats
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import write_derived
 from foreword.jobs.fewshot import few_shot
-from foreword.jobs.prepare import make_encoder, memory_explained
-from foreword.jobs.study import Study, fifth, in_front, of_rows, read_text, self_study
-from foreword.jobs.train import MEMORY_KNOB, mark_started, same_run
+from foreword.jobs.prepare import embedded, make_encoder, memory_explained
+from foreword.jobs.study import Study, fifth, in_front, longest_row, of_rows, read_text, self_study
+from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
 from foreword.jobs.training import say, train_in
 from foreword.prompts.methods.base import Method, Start
 from foreword.prompts.methods.registry import build, find, with_rates
@@ -67,9 +68,10 @@ def distill(recipe: Recipe, out: Path, resume: bool = False, console: Console | 
     if recipe.data.path:
         check(recipe)
         splits = read_splits(recipe.data)
-    find(recipe.prompt.method)
+    check_names(recipe)
     with run_folder(out, resume), memory_explained(MEMORY_KNOB):
-        digest = splits.data_hash if splits else ""
+        text = read_text(recipe.distill.text) if recipe.distill.text else ""
+        digest = hashlib.sha256(f"{text}{splits.data_hash if splits else ''}".encode()).hexdigest()
         if resume:
             same_run(recipe, digest, out)
         job = _Distillation(recipe, splits, console)
@@ -91,26 +93,29 @@ class _Distillation:
         self.few_rows: tuple[int, ...] = ()
         self.text_ids = self._read()
         room = self.backbone.window - len(self.text_ids)
-        if room < 2:
+        needed = 2 if splits else longest_row(self.backbone, recipe.distill)
+        if room < needed:
             raise ForewordError(
-                f"the text has {len(self.text_ids)} tokens, {self.backbone.name} reads {self.backbone.window}",
+                f"the text has {len(self.text_ids)} tokens and needs {needed} more for what comes after it, "
+                f"{self.backbone.name} reads {self.backbone.window}",
                 recipe.distill.text or recipe.data.path,
                 "give a shorter text",
             )
         self.encoder = make_encoder(self.task, self.backbone, len(self.text_ids), "prefix")
         self.teacher = reading(self.backbone, self.text_ids)
+        self.methods = [self._method(m.seed) for m in self.members]
         say(console, f"teacher: {self.backbone.name} reading {len(self.text_ids)} tokens")
 
     def run(self, out: Path) -> None:
         """All stages; writes the folder."""
         study, labelled, layout = self._study()
-        methods = [self._method(m.seed) for m in self.members]
-        start = methods[0].soft_prompt()
+        start = self.methods[0].soft_prompt()
         rows = in_front(study.train, self._virtual(start))
         own = self._layout(start, rows, gradient=True)
         trained = train_in(
-            out, self.backbone, methods, self.members, rows, self.recipe.train, own, self.console, title="distilling"
-        )
+            out, self.backbone, self.methods, self.members, rows, self.recipe.train, own, self.console,
+            title="distilling",
+        )  # fmt: skip
         best = trained.population.states[trained.population.best].kept
         made = best.soft_prompt()
         contenders = {
@@ -124,7 +129,8 @@ class _Distillation:
         facts = {
             "how": "distilled", "from": [source],
             "text_tokens": len(self.text_ids), "tokens_saved": len(self.text_ids) - made.tokens,
-            "method": self.recipe.prompt.method, **self._agreements(outcomes), **trained.figures,
+            "method": self.recipe.prompt.method, "quantize": self.recipe.model.quantize,
+            **self._agreements(outcomes), **trained.figures,
         }  # fmt: skip
         scores = self._scores(outcomes) if labelled else {}
         write_derived(out, made, self.backbone, self.task, facts, scores, best.peft_type, self.recipe.prompt)
@@ -149,7 +155,11 @@ class _Distillation:
             layout = self._layout(self.teacher, [Segment(ids[:8], (ids[8:12],)), Segment(ids[4:9], (ids[9:12],))])
             say(self.console, f"self-study: {config.queries} openings, {config.answer_tokens} tokens after each")
             seed = self.members[0].seed
-            return self_study(self.backbone, self.teacher, ids, config, seed, layout.train), False, layout
+            return (
+                self_study(self.backbone, self.teacher, ids, self.encoder.opening, config, seed, layout.train),
+                False,
+                layout,
+            )
         rows = [e for i, e in enumerate(self.encoder.examples(self.splits.train)) if i not in set(self.few_rows)]
         held = self.encoder.examples(self.splits.held_out) if self.splits.held_out else []
         labelled = bool(held)
@@ -162,7 +172,7 @@ class _Distillation:
                 "lower distill.few_shot",
             )
         layout = self._layout(self.teacher, [Segment(e.context, self.encoder.label_ids or (e.target,)) for e in rows])
-        say(self.console, f"study: {len(rows)} rows, whose labels are not read; {len(held)} held out")
+        say(self.console, f"study: {len(rows)} rows, whose labels are not learnt; {len(held)} held out")
         train = list(of_rows(self.backbone, self.teacher, rows, self.encoder, config, layout.score))
         return Study(train, held), labelled, layout
 
@@ -179,9 +189,7 @@ class _Distillation:
         if find(prompt.method).kind == "prefix":
             values = self.teacher.values[:p].float()
         else:
-            with torch.no_grad():
-                ids = torch.tensor(self.text_ids[:p], device=self.backbone.device)
-                values = self.backbone.embedding(ids).float()
+            values = embedded(self.backbone, self.text_ids[:p])
         return build(Start(values.cpu()), prompt, torch.Generator().manual_seed(seed))
 
     def _layout(self, prompt: SoftPrompt, segments: Sequence[Segment], gradient: bool = False) -> Choice:

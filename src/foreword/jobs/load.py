@@ -11,7 +11,6 @@ from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate, push
 from foreword.artifact.peft_types import PLACED
 from foreword.backbone.choose import Layout, choose_layout
-from foreword.backbone.fingerprint import Fingerprint
 from foreword.backbone.generate import Sampling, generate, stream
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.config import ModelConfig
@@ -22,6 +21,7 @@ from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import run_plain, run_rows, silent, with_baselines
 from foreword.evaluation.scoring import classify
 from foreword.jobs.data import Source, read_labelled
+from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.jobs.prepare import make_encoder, memory_explained
 from foreword.records import Row, Segment, Table, Task
 
@@ -161,6 +161,7 @@ def load(
     label_words: Mapping[str, str] | None = None,
     separator: str = " ",
     force: bool = False,
+    quantize: str | None = None,
 ) -> Foreword:
     """Loads a run, an adapter folder (ours or PEFT's) or a hub adapter, with its backbone.
 
@@ -174,18 +175,22 @@ def load(
         label_words: ``{class: words}``, for adapters without a sidecar.
         separator: between context and target, for adapters without a sidecar.
         force: use a backbone that is not the one the soft prompt was trained for.
+        quantize: as ``model.quantize``; None: as it was trained.
 
     Raises:
         ForewordError: no adapter there, a damaged one, or a backbone that does not match.
     """
     adapter = read_adapter(locate(str(path_or_id), revision))
+    refuse_several_tasks(adapter)
     known = dict(adapter.sidecar.backbone) if adapter.sidecar else {}
     name = model or known.get("name") or adapter.config.get("base_model_name_or_path")
     if not name:
         raise ForewordError("the adapter does not name its backbone", str(adapter.folder), "add --model ID")
+    trained = adapter.sidecar.training if adapter.sidecar else {}
+    rounded = quantize or str(trained.get("quantize", "none"))
     config_revision = None if model else known.get("revision") or adapter.config.get("revision")
     try:
-        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype=dtype, device=device))
+        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype=dtype, device=device, quantize=rounded))
     except ForewordError as e:
         if model:
             raise
@@ -199,29 +204,6 @@ def open_run(folder: Path, backbone: Backbone) -> Foreword:
     """A finished run with the backbone it was just trained on."""
     adapter = read_adapter(folder)
     return Foreword(adapter, backbone, _task(adapter, None, None, " "))
-
-
-def check_backbone(adapter: Adapter, backbone: Backbone, force: bool = False) -> None:
-    """Refuses a backbone the soft prompt was not trained for, naming both."""
-    named = (adapter.sidecar.backbone if adapter.sidecar else {}).get("name")
-    trained = named or adapter.config.get("base_model_name_or_path") or "a model it does not name"
-    where = f"adapter {adapter.folder} of {trained}, backbone {backbone.name}"
-    width, prompt = adapter.prompt.values.shape[1], adapter.prompt
-    own = backbone.hidden_size if prompt.kind == "rows" else backbone.geometry.width
-    if width != own:
-        raise ForewordError(f"the soft prompt is {width} wide, the backbone {own}", where, f"load {trained}")
-    if force:
-        return
-    layers, actual = adapter.config.get("num_layers"), getattr(backbone.config, "num_hidden_layers", None)
-    difference = f"num_layers is {actual}, not {layers}" if layers and actual and layers != actual else ""
-    if adapter.sidecar and "fingerprint" in adapter.sidecar.backbone:
-        difference = Fingerprint.from_dict(adapter.sidecar.backbone["fingerprint"]).differs(backbone.fingerprint)
-    if difference:
-        raise ForewordError(
-            f"another backbone than the soft prompt was trained for: {difference}",
-            where,
-            f"load {trained}, or --force to use it all the same",
-        )
 
 
 def _task(adapter: Adapter, template: str | None, label_words: Mapping[str, str] | None, separator: str) -> Task:

@@ -22,18 +22,18 @@ from foreword.backbone.load import Backbone, load_backbone
 from foreword.checks import check
 from foreword.config import Recipe, members
 from foreword.data.encode import Encoder
+from foreword.data.template import parse
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import label_counts, run_plain, run_rows, with_baselines
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import write_derived
 from foreword.jobs.prepare import first_method, make_encoder, memory_explained, settle_tokens
-from foreword.jobs.train import MEMORY_KNOB, mark_started, same_run
+from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
 from foreword.jobs.training import say, train_in
 from foreword.prompts.methods.base import Start
 from foreword.prompts.methods.multitask import Multitask
 from foreword.prompts.methods.registry import with_rates
 from foreword.prompts.soft import SoftPrompt
-from foreword.recipe import to_yaml
 from foreword.records import Example, Segment
 
 TASKS = "tasks"
@@ -70,29 +70,30 @@ def multitask(recipes: Sequence[tuple[str, Recipe]], out: Path, resume: bool, co
     console = console or Console(quiet=True)
     first = replace(recipes[0][1], prompt=replace(recipes[0][1].prompt, method="multitask"))
     _check(recipes, first)
+    check_names(first)
     splits = [read_splits(recipe.data) for _, recipe in recipes]
     digest = hashlib.sha256(
-        "".join(to_yaml(r) + s.data_hash for (_, r), s in zip(recipes, splits, strict=True)).encode()
+        "".join(f"{n}{r.data}{s.data_hash}" for (n, r), s in zip(recipes, splits, strict=True)).encode()
     )
     with run_folder(out, resume), memory_explained(MEMORY_KNOB):
         if resume:
             same_run(first, digest.hexdigest(), out)
         backbone = load_backbone(first.model)
+        names = [name for name, _ in recipes]
+        prompt = settle_tokens(first.prompt, splits[0].task, backbone)
+        tasks = [
+            _encoded(n, s, backbone, prompt.virtual_tokens, t)
+            for t, (n, s) in enumerate(zip(names, splits, strict=True))
+        ]
         mark_started(first, digest.hexdigest(), out)
-        _train(first, [name for name, _ in recipes], splits, backbone, out, console)
+        _train(replace(first, prompt=prompt), tasks, backbone, out, console)
 
 
-def _train(
-    recipe: Recipe, names: Sequence[str], splits: Sequence[Splits], backbone: Backbone, out: Path, console: Console
-) -> None:
-    prompt = settle_tokens(recipe.prompt, splits[0].task, backbone)
+def _train(recipe: Recipe, tasks: Sequence[_Task], backbone: Backbone, out: Path, console: Console) -> None:
+    prompt, task = recipe.prompt, tasks[0]
     (member,) = with_rates(members(recipe), prompt)
-    tasks = [
-        _encoded(n, s, backbone, prompt.virtual_tokens, t) for t, (n, s) in enumerate(zip(names, splits, strict=True))
-    ]
-    rows = first_method(
-        replace(prompt, method="prompt-tuning"), splits[0].task, tasks[0].encoder, backbone, member, None
-    )
+    plain = replace(prompt, method="prompt-tuning")
+    rows = first_method(plain, task.splits.task, task.encoder, backbone, member, None)
     generator = torch.Generator().manual_seed(member.seed)
     method = Multitask(Start(rows().detach(), tasks=len(tasks)), prompt, generator)
     for task in tasks:
@@ -106,7 +107,7 @@ def _train(
         mine = SoftPrompt(values[t * prompt.virtual_tokens : (t + 1) * prompt.virtual_tokens].clone())
         facts = {
             "how": "trained with other tasks",
-            "from": [n for n in names if n != task.name],
+            "from": [t.name for t in tasks if t is not task],
             "rows": len(task.examples),
             **trained.figures,
         }
@@ -156,11 +157,14 @@ def _check(recipes: Sequence[tuple[str, Recipe]], first: Recipe) -> None:
         raise ForewordError("several tasks stand at the front and are not selected", where, "leave both keys out")
     for name, recipe in recipes:
         check(recipe)
-        if recipe.model.id != first.model.id:
+        if replace(recipe, data=recipes[0][1].data) != recipes[0][1]:
             raise ForewordError(
-                f"the tasks name different models: {first.model.id}, {recipe.model.id}",
-                name,
-                "give all the same model.id",
+                "the tasks differ in model, prompt or train, which they share",
+                f"{recipes[0][0]}, {name}",
+                "let the recipes differ in data alone; keys on the command line go to all",
             )
-        if recipe.data.folds:
-            raise ForewordError("several tasks have no folds", f"{name}, key data.folds", "data.eval_fraction=0.2")
+        for key in ("folds", "validation_fraction"):
+            if getattr(recipe.data, key):
+                raise ForewordError(f"several tasks have no {key}", f"{name}, data.{key}", "data.eval_fraction=0.2")
+        if recipe.data.template and parse(recipe.data.template).soft_tokens:
+            raise ForewordError("several tasks stand at the front", f"{name}, data.template", "leave {soft:N} out")

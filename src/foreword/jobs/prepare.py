@@ -17,6 +17,7 @@ from foreword.data.encode import Encoder
 from foreword.data.template import parse
 from foreword.errors import ForewordError
 from foreword.jobs.fewshot import FewShot
+from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.prompts import initialisers as init
 from foreword.prompts.initialisers import parse_init
 from foreword.prompts.methods.base import Method, Start
@@ -101,6 +102,12 @@ def first_method(
         return build(Start(values), config, generator)
     if adapter is not None and config.method == "multitask" and "prefix_task_cols" in adapter.tensors:
         tensors = adapter.tensors
+        if adapter.prompt.tokens != config.virtual_tokens:
+            raise ForewordError(
+                f"the adapter has {adapter.prompt.tokens} virtual tokens, not {config.virtual_tokens}",
+                "key prompt.virtual_tokens",
+                "prompt.virtual_tokens=0 takes as many as it has",
+            )
         factors = (tensors["prefix_task_cols"].float(), tensors["prefix_task_rows"].float())
         return build(Start(tensors["prompt_embeddings"].float(), factors=factors), config, generator)
     rows = _first_rows(config, task, encoder, backbone, member.init, generator)
@@ -156,14 +163,9 @@ def _adapter(config: PromptConfig, backbone: Backbone) -> Adapter:
     if not source:
         raise ForewordError("no adapter given to start from", "key prompt.init_adapter", "name a folder or hub id")
     adapter = read_adapter(locate(source))
-    prompt = adapter.prompt
-    width = backbone.hidden_size if prompt.kind == "rows" else backbone.geometry.width
-    if prompt.values.shape[1] != width:
-        raise ForewordError(
-            f"the adapter's width is {prompt.values.shape[1]}, the backbone's {width}",
-            f"prompt.init_adapter={source}, model {backbone.name}",
-            "start from an adapter of the same backbone",
-        )
+    if config.method != "multitask":
+        refuse_several_tasks(adapter)
+    check_backbone(adapter, backbone)
     return adapter
 
 

@@ -41,10 +41,10 @@ def preview(recipe: Recipe, count: int, rows: Sequence[Row] | None = None) -> Pr
     """Encodes all training rows as a run would, and shows ``count`` of them. Loads no weights."""
     splits: Splits = read_splits(recipe.data, rows)
     tokenizer, config = load_tokenizer(recipe.model)
-    limit = room_for_text(window_of(config), recipe.prompt.virtual_tokens, recipe.model.id)
     end = end_token([tokenizer.eos_token_id, config.eos_token_id], recipe.model.id)
     task = replace(splits.task, placement=recipe.prompt.placement)
     tokens = parse(task.template).soft_tokens or recipe.prompt.virtual_tokens
+    limit = room_for_text(window_of(config), tokens, recipe.model.id)
     virtual = range(-tokens, 0) if find(recipe.prompt.method).kind == "rows" else ()
     encoder = Encoder(task, tokenizer, limit, end, virtual)
     examples = encoder.examples(splits.train)

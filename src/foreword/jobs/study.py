@@ -54,14 +54,16 @@ def read_text(path: str) -> str:
 
 
 def self_study(
-    backbone: Backbone, teacher: SoftPrompt, text_ids: Sequence[int], config: DistillConfig, seed: int, layout: Layout
-) -> Study:
+    backbone: Backbone, teacher: SoftPrompt, text_ids: Sequence[int], opening: tuple[int, ...], config: DistillConfig,
+    seed: int, layout: Layout,
+) -> Study:  # fmt: skip
     """Pieces of the text and plain openings, each with what the teacher writes after it.
 
     A fifth of them is held out, to measure on what was not trained on.
     """
     generator = torch.Generator().manual_seed(seed)
-    contexts = list(_beginnings(backbone, text_ids, config.queries, generator))
+    # As every later request will: with the opening (BOS) that the tokenizer puts before a text.
+    contexts = [(*opening, *ids) for ids in _beginnings(backbone, text_ids, config.queries, generator)]
     segments: list[Segment] = []
     for at in range(0, len(contexts), GENERATE_BATCH):
         batch = contexts[at : at + GENERATE_BATCH]
@@ -75,6 +77,12 @@ def self_study(
     found = candidates(backbone, teacher, segments[cut:], config.candidates, layout)
     held = [Example(i + 1, s.context, s.branches[0]) for i, s in enumerate(segments[:cut])]
     return Study(list(softened(segments[cut:], found)), held)
+
+
+def longest_row(backbone: Backbone, config: DistillConfig) -> int:
+    """Most tokens of a row of self-study."""
+    openings = [len(backbone.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in OPENINGS]
+    return max(*openings, PIECES[1]) + 1 + config.answer_tokens
 
 
 def fifth(rows: int) -> int:

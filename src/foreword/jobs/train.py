@@ -66,7 +66,9 @@ def run(
     """
     console = console or Console(quiet=True)
     check(recipe)
-    _check_names(recipe)
+    check_names(recipe)
+    if recipe.distill != DistillConfig():
+        raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")
     splits = read_splits(recipe.data, rows, eval_rows)
     splits = replace(splits, task=replace(splits.task, placement=recipe.prompt.placement))
     with run_folder(out, resume), memory_explained(MEMORY_KNOB):
@@ -205,7 +207,8 @@ class _Job:
         if prompt.method != "cpt":
             return settle_tokens(prompt, splits.task, self.backbone)
         bare = make_encoder(splits.task, self.backbone, 0)
-        self.few_shot = few_shot(bare, splits.train, bare.examples(splits.train), prompt.virtual_tokens)
+        limit = 0 if prompt.virtual_tokens == PromptConfig().virtual_tokens else prompt.virtual_tokens
+        self.few_shot = few_shot(bare, splits.train, bare.examples(splits.train), limit)
         return replace(prompt, virtual_tokens=len(self.few_shot.ids))
 
     def _layout_sample(self) -> list[Segment]:
@@ -251,14 +254,12 @@ class _Job:
             say(self.console, line)
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
     """Optimiser, schedule, initialiser and engine by name, before the model is loaded."""
     choose_engine(recipe.train.engine, choose_device(recipe.model.device), 1, 1, 1, 1)
     for member in members(recipe):
         parse_init(member.init, recipe.prompt.virtual_tokens)
     find(recipe.prompt.method)
-    if recipe.distill != DistillConfig():
-        raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")
     probe = build_optimizer([torch.nn.Parameter(torch.zeros(1, 1))], recipe.train, 0.1)
     build_schedule(probe, recipe.train, 10)
 

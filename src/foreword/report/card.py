@@ -20,7 +20,8 @@ from foreword.hub_errors import HUB_ID
 def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
     """The card: what it is, template and label words, scores with intervals, how to load it."""
     base = str(sidecar.backbone["name"])
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
+    library = "foreword" if adapter["peft_type"] == PLACED else "peft"
+    front: dict[str, Any] = {"library_name": library, "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
     if HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
         front["base_model"] = base
     task = sidecar.task
@@ -53,7 +54,7 @@ def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
     named = [
         ("soft prompt", scores),
-        ("the adapter it began with", scores["baselines"].get("start")),
+        ("before the first step", scores["baselines"].get("start")),
         ("full text", scores["baselines"].get("full_text")),
         ("zero-shot", scores["baselines"].get("zero_shot")),
         ("majority class", scores["baselines"].get("majority")),

@@ -69,14 +69,14 @@ def check_gradient(
         return error
     if not math.isfinite(error):
         raise ForewordError("the loss is not a finite number", where, "model.dtype=float32, or a smaller train.lr")
-    what = "it says nothing about how the loss changes" if error > 0.99 else f"the loss changes {error:.0%} otherwise"
+    what = "it says nothing about how the loss changes" if error > 0.99 else f"the loss changes by another {error:.0%}"
     raise ForewordError(f"the gradient through the backbone is wrong: {what}", where, "model.quantize=nf4, or none")
 
 
 def gradient_error(loss: Loss, parameters: Sequence[torch.Tensor], generator: torch.Generator) -> float:
     """Largest relative error of the loss's gradient, along itself and along a random direction.
 
-    As in ``directional_error``; NaN when the loss is no finite number.
+    As in ``directional_error``, and not finite when the loss is not.
     """
     value, slopes = _differentiated(loss, parameters)
     steep = _norm(slopes)
@@ -110,13 +110,16 @@ def directional_error(
 
     Returns:
         The difference over the larger of both changes (or over ``SIGNAL`` noises, should both be smaller):
-        0 is right, 0.5 a gradient of half or twice its size, 1 none at all, 2 one of the wrong sign.
+        0 is right, 0.5 a gradient of half or twice its size, 1 none at all, 2 one of the wrong sign;
+        infinite when the loss on the way is no finite number.
     """
     with torch.no_grad():
         start = float(loss())
         with _moved(parameters, direction, step):
             change = float(loss()) - start
     said = step * sum(weight * _slope(loss, parameters, direction, at * step) for at, weight in NODES)
+    if not math.isfinite(change + said):
+        return math.inf
     larger = max(abs(change), abs(said), SIGNAL * noise)
     return max(0.0, abs(change - said) - DOUBT * noise) / larger if larger else 0.0
 

@@ -30,6 +30,8 @@ Validate = Callable[[SoftPrompt], dict[str, float]]
 AHEAD = 64
 """Steps whose rows are laid out at a time."""
 SAVE_SECONDS = 1.0
+SAVE_SHARE = 20
+"""Times as long between checkpoints as one takes: encoders have millions of numbers."""
 LOG_STEPS = 25
 """Steps between two looks at the losses on a GPU: each look waits for the device."""
 
@@ -65,7 +67,7 @@ def train(
         hooks: what else happens.
     """
     log = _Log(population, hooks.on_event, every=1 if _on_cpu(population) else LOG_STEPS)
-    saved = time.monotonic()
+    saved, took = time.monotonic(), 0.0
     while states := population.training:
         steps = range(population.step, min(population.step + AHEAD, population.plan.steps))
         engine.load(states, ([[segments[i] for i in _batch(population, s, t)] for s in states] for t in steps))
@@ -73,11 +75,13 @@ def train(
             log.step(states, [rate(s.schedule) for s in states], engine.step())
             done = _validate(population, states, config, hooks, log)
             stop = hooks.interrupted()
-            due = _due(config, population.step, time.monotonic() - saved)
+            due = _due(config, population.step, time.monotonic() - saved, took)
             if stop or done or due or not population.training:
                 log.flush()
+                began = time.monotonic()
                 hooks.save(population)
                 saved = time.monotonic()
+                took = saved - began
             if stop:
                 raise KeyboardInterrupt
             if done:
@@ -170,9 +174,11 @@ def _batch(population: Population, state: State, step: int) -> list[int]:
     return population.plan.batch(state.member.seed, step)
 
 
-def _due(config: TrainConfig, step: int, since: float) -> bool:
-    """Whether a checkpoint is due ``since`` seconds after the last one."""
-    return step % config.checkpoint_every == 0 if config.checkpoint_every else since >= SAVE_SECONDS
+def _due(config: TrainConfig, step: int, since: float, took: float) -> bool:
+    """Whether a checkpoint is due ``since`` seconds after the last one, which ``took`` so many."""
+    if config.checkpoint_every:
+        return step % config.checkpoint_every == 0
+    return since >= max(SAVE_SECONDS, SAVE_SHARE * took)
 
 
 def _on_cpu(population: Population) -> bool:

@@ -135,7 +135,10 @@ def _name(
     if reader.leads or any(s.soft for s in segments):
         return _only_eager(config)
     name = choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
-    return "graph" if name == "compile" and config.recompute else name  # torch does not compile what it recomputes
+    if name == "compile" and (config.recompute or reader.cached):
+        # torch does not compile what it recomputes, and makes a graph of every layer whose cache is made anew.
+        return "graph" if backbone.device.type == "cuda" else "eager"
+    return name
 
 
 def _only_eager(config: TrainConfig) -> EngineName:
