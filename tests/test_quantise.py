@@ -193,6 +193,17 @@ def test_a_quantised_backbone_is_the_same_backbone_and_can_be_trained_on(
     assert check_gradient(loss_of(backbone, rows), [rows], name, generator()) < 0.1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rounded_activations_with_a_right_gradient_pass(model_folder: Path, seed: int) -> None:
+    """LLM.int8() as a GPU runs it, which is what its layers do on a CPU in eval mode: a loss full of small steps."""
+    backbone = load_backbone(ModelConfig(str(model_folder), dtype="bfloat16", device="cpu", quantize="int8"))
+    backbone.model.eval()
+    rows = rows_of(backbone, seed)
+    loss = loss_of(backbone, rows)
+    assert loss_noise(loss, [rows], generator(seed)) > 1e-4
+    check_gradient(loss, [rows], "int8", generator(seed))
+
+
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_packed_rows_of_a_quantised_backbone_are_what_single_rows_are(model_folder: Path, name: str) -> None:
     backbone = load_backbone(ModelConfig(str(model_folder), dtype="float32", device="cpu", quantize=name))
