@@ -67,9 +67,8 @@ def measure(source: Source, variant: str, seed: int, model: str, label: str, tok
     return {
         "data": source.name, "variant": variant, "seed": seed, "accuracy": accuracy(confusion),
         "macro_f1": macro_f1(confusion), "test_rows": len(truth), "steps": training["steps"], "lr": training["lr"],
-        "step_s": training["seconds"] / training["steps"], "file_bytes": size, "trainable": training["trainable"],
-        "virtual_tokens": task.prompt.tokens, "read_each_time": task.prompt.virtual_ids,
-        "peft_type": task.adapter.config["peft_type"], "rows": training["rows"],
+        "file_bytes": size, "trainable": training["trainable"], "virtual_tokens": task.prompt.tokens,
+        "read_each_time": task.prompt.virtual_ids, "peft_type": task.adapter.config["peft_type"], "rows": training["rows"],
     }  # fmt: skip
 
 
@@ -99,7 +98,7 @@ def main() -> None:
                     continue
                 run = measure(source, variant, seed, args.model, args.label, args.virtual_tokens)
                 line = f"{source.name:6} {variant:28} seed {seed}: accuracy {run['accuracy']:.3f}"
-                print(f"{line}, {run['step_s']:.2f} s a step", flush=True)
+                print(line, flush=True)
                 found["runs"].append(run)
                 path.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -71,9 +71,9 @@ def _scores(result: Mapping[str, Any]) -> Iterator[str]:
             f"{run['test_rows']} test rows."
         )
     yield ""
-    columns = [f"{name} accuracy | {name} macro-F1 | {name} s a step" for name in sources]
+    columns = [f"{name} accuracy | {name} macro-F1" for name in sources]
     yield f"| method | learning rate | {' | '.join(columns)} |"
-    yield "|---" * (2 + 3 * len(sources)) + "|"
+    yield "|---" * (2 + 2 * len(sources)) + "|"
     for variant in FACTS:
         mine = [r for r in result["runs"] if r["variant"] == variant]
         if mine:
@@ -82,15 +82,14 @@ def _scores(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _cells(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy, macro-F1 and seconds a step over the seeds: mean, and the range of several."""
+    """Accuracy and macro-F1 over the seeds: mean, and the range of several."""
     if not runs:
-        return " | | "
+        return " | "
     parts = []
     for key in ("accuracy", "macro_f1"):
         values = [r[key] for r in runs]
         spread = f" [{min(values):.3f}, {max(values):.3f}]" if len(values) > 1 else ""
         parts.append(f"{statistics.mean(values):.3f}{spread}")
-    parts.append(f"{statistics.median(r['step_s'] for r in runs):.2f}")
     return " | ".join(parts)
 
 
