@@ -68,7 +68,8 @@ def measure(source: Source, variant: str, seed: int, model: str, label: str, tok
         "data": source.name, "variant": variant, "seed": seed, "accuracy": accuracy(confusion),
         "macro_f1": macro_f1(confusion), "test_rows": len(truth), "steps": training["steps"], "lr": training["lr"],
         "file_bytes": size, "trainable": training["trainable"], "virtual_tokens": task.prompt.tokens,
-        "read_each_time": task.prompt.virtual_ids, "peft_type": task.adapter.config["peft_type"], "rows": training["rows"],
+        "read_each_time": task.prompt.virtual_ids, "peft_type": task.adapter.config["peft_type"],
+        "rows": training["rows"],
     }  # fmt: skip
 
 

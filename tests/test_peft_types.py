@@ -139,7 +139,7 @@ def our_logits(base: Path, prompt: SoftPrompt) -> torch.Tensor:
         return found[:, prompt.tokens :]
     positions = {"position_ids": torch.arange(IDS.shape[1])[None] + prompt.tokens}
     takes = inspect.signature(model.forward).parameters
-    cache = cache_of(geometry_of(model.config).layered(values), model.config)
+    cache = cache_of(geometry_of(model.config).layered(values))
     found = model(input_ids=IDS, past_key_values=cache, **{k: v for k, v in positions.items() if k in takes})
     return cast(torch.Tensor, found.logits)
 

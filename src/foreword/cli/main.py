@@ -72,3 +72,5 @@ def _log_to_stderr() -> None:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    # torchao, which transformers imports where it is installed, lists the CUDA libraries it cannot load.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
