@@ -22,7 +22,7 @@ FACTS: dict[str, tuple[str, str]] = {
     "p-tuning (lstm)": ("rows and a two-layer LSTM over them", "the same"),
     "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; level with the rows here"),
     "low-rank": ("two factors of the rows", "many virtual tokens: numbers grow with P + H, not P x H"),
-    "prefix-tuning": ("keys and values of every layer, from a text's", "several classes, and nothing to read at a request"),
+    "prefix-tuning": ("keys and values of every layer, from a text's", "several classes; nothing to read at a request"),
     "prefix-tuning (projection)": (
         "a network that makes keys and values",
         "the same, with 30 times the numbers to train",
