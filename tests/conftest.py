@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import tiny
 settings.register_profile("foreword", derandomize="CI" in os.environ)
 settings.load_profile("foreword")
 
+Cli = Callable[..., tuple[int, str, str]]
 ROWS = [
     ("my parcel is late", "complaint"),
     ("thank you for the quick reply", "no complaint"),
@@ -52,3 +55,30 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
 def train_csv(tmp_path: Path) -> Path:
     """Ten labelled rows in the columns of the guide."""
     return write_csv(tmp_path / "train.csv", ROWS)
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """Runs the real entry point in this process: (exit code, stdout, stderr)."""
+
+    from foreword.cli.main import main
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, args)])
+        code = 0
+        try:
+            main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def three_lines(result: tuple[int, str, str]) -> list[str]:
+    code, _, err = result
+    lines = err.strip().split("\n")
+    assert code == 2, err
+    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], err
+    return lines

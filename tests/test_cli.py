@@ -9,33 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import ROWS, write_csv
-from foreword.cli.main import main
+from conftest import ROWS, Cli, three_lines, write_csv
 
-Cli = Callable[..., tuple[int, str, str]]
 QUICK = ["prompt.virtual_tokens=4", "train.epochs=2", "train.lr=0.05"]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the real entry point in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +34,6 @@ def done(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
 
 def train_args(model: Path, data: Path, out: Path) -> list[object]:
     return ["train", "--model", model, "--data", data, "--text", "Tweet text", "--label", "Label", "--out", out]
-
-
-def three_lines(result: tuple[int, str, str]) -> list[str]:
-    code, _, err = result
-    lines = err.strip().split("\n")
-    assert code == 2, err
-    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], err
-    return lines
 
 
 def test_a_run_folder_is_an_adapter_folder(done: Path) -> None:

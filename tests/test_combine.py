@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from tokenizers import Tokenizer, models
 
 import foreword
 import tiny
-from conftest import ROWS, write_csv
+from conftest import ROWS, Cli, three_lines, write_csv
 from foreword.artifact.bare import read_bare, write_bare
 from foreword.artifact.folder import CONFIG, WEIGHTS, read_adapter, write_adapter
 from foreword.artifact.peft_types import PLACED, TASK_COLS, TASK_ROWS, TENSOR, peft_config
 from foreword.backbone.attach import compiled
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.backbone.source import quiet_loading
-from foreword.cli.main import main
 from foreword.config import ModelConfig, PromptConfig
 from foreword.errors import ForewordError
 from foreword.jobs.combine import combine_runs
@@ -34,7 +32,6 @@ from foreword.prompts.soft import SoftPrompt
 from foreword.prompts.transfer import carried, fit, shared_ids
 from foreword.records import Task
 
-Cli = Callable[..., tuple[int, str, str]]
 P = 4
 TASK = Task(
     "{Tweet text} Label :", " ", "Label", ("complaint", "no complaint"), ("complaint", "no complaint"),
@@ -66,31 +63,6 @@ def made(backbone: Backbone, tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / name)
 
     return make
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Runs the real entry point in this process: (exit code, stdout, stderr)."""
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
-
-
-def three_lines(result: tuple[int, str, str]) -> list[str]:
-    code, _, err = result
-    lines = err.strip().split("\n")
-    assert code == 2, err
-    assert [line.split(":")[0].strip() for line in lines] == ["error", "where", "fix"], err
-    return lines
 
 
 def narrow(out: str) -> bool:

@@ -19,6 +19,9 @@ from foreword.backbone.layout import left_pad
 from foreword.backbone.load import Backbone
 from foreword.prompts.soft import SoftPrompt
 
+BATCH = 16
+"""Contexts that callers give to ``generate`` at once."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -10,14 +10,13 @@ import numpy as np
 
 from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import Layout
-from foreword.backbone.generate import Sampling, generate
+from foreword.backbone.generate import BATCH, Sampling, generate
 from foreword.backbone.load import Backbone
 from foreword.evaluation.metrics import classification_scores, interval, point_scores, token_loss
 from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
 
-GENERATE_BATCH = 16
 Progress = Callable[[int], None]
 
 
@@ -79,8 +78,8 @@ def greedy_matches(backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Ex
     """1 where a row's greedy text is its target, white space at the ends aside ``[n]``."""
     longest = max(len(e.target) for e in examples)
     matches: list[bool] = []
-    for at in range(0, len(examples), GENERATE_BATCH):
-        batch = examples[at : at + GENERATE_BATCH]
+    for at in range(0, len(examples), BATCH):
+        batch = examples[at : at + BATCH]
         texts = generate(backbone, prompt, [e.context for e in batch], Sampling(max_new_tokens=longest))
         said = backbone.tokenizer.batch_decode(texts, skip_special_tokens=True)
         matches += [s.strip() == e.text.strip() for s, e in zip(said, batch, strict=True)]

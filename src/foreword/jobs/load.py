@@ -11,7 +11,7 @@ from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate, push
 from foreword.artifact.peft_types import PLACED
 from foreword.backbone.choose import Layout, choose_layout
-from foreword.backbone.generate import Sampling, generate, stream
+from foreword.backbone.generate import BATCH, Sampling, generate, stream
 from foreword.backbone.load import Backbone, load_backbone
 from foreword.config import ModelConfig
 from foreword.data.encode import Encoder, rows_hash
@@ -25,7 +25,6 @@ from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.jobs.prepare import make_encoder, memory_explained
 from foreword.records import Row, Segment, Table, Task
 
-BATCH = 16
 MEMORY_KNOB = "give fewer or shorter rows at a time, or model.dtype=bfloat16"
 RAW = "{text}"
 """The template of an adapter that brings none: the text as it is."""

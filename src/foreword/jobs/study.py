@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from foreword.backbone.choose import Layout
-from foreword.backbone.generate import Sampling, generate
+from foreword.backbone.generate import BATCH, Sampling, generate
 from foreword.backbone.load import Backbone
 from foreword.config import DistillConfig
 from foreword.data.encode import Encoder
@@ -26,7 +26,6 @@ OPENINGS = (
 """Plain beginnings that the teacher goes on from, in turn with pieces of the text (self-study, arXiv 2506.06266)."""
 PIECES = (8, 32)
 """Tokens of a piece of the text, from and below."""
-GENERATE_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def self_study(
     # As every later request will: with the opening (BOS) that the tokenizer puts before a text.
     contexts = [(*opening, *ids) for ids in _beginnings(backbone, text_ids, config.queries, generator)]
     segments: list[Segment] = []
-    for at in range(0, len(contexts), GENERATE_BATCH):
-        batch = contexts[at : at + GENERATE_BATCH]
+    for at in range(0, len(contexts), BATCH):
+        batch = contexts[at : at + BATCH]
         sampling = Sampling(max_new_tokens=config.answer_tokens, temperature=1.0, seed=seed + at)
         written = generate(backbone, teacher, batch, sampling)
         segments += [
