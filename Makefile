@@ -41,7 +41,7 @@ fmt: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): torch, transformers and a 98 MB model (once, a few minutes)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Foreword needs Python 3.10 or newer")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Foreword needs Python 3.11 or newer")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
 	@$(PIP) -c constraints.txt -e .

@@ -21,6 +21,7 @@ LAYERS = [
     {"training"},
     {"report"},
     {"jobs"},
+    {"serving"},
     {"api"},
     {"cli"},
 ]

@@ -1,0 +1,1 @@
+"""Many soft prompts over one frozen model: engines, and the gateway in front of them."""
