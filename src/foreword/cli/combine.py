@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def combine(
     runs: Annotated[list[str], typer.Argument(metavar="A B [C]...", help="Runs, adapter folders, hub ids.")],
-    how: Annotated[str, typer.Option("--how", help="average, concatenate, interpolate.")],
+    how: Annotated[str, typer.Option("--how", help="average, concatenate, interpolate, ensemble.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write: new or empty.")],
     weight: Annotated[float | None, typer.Option("--weight", help="Share of B when interpolating; 0.5.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Rows to score all on; they choose nothing.")] = None,
@@ -26,9 +26,15 @@ def combine(
     model: o.Base = None,
     device: o.Device = "auto",
 ) -> None:
-    """Make one soft prompt of several of the same backbone, with the task of the first."""
+    """Make one soft prompt of several of the same backbone, with the task of the first.
+
+    An ensemble keeps them apart: classifiers of the same classes in one folder, whose probabilities are averaged.
+    """
     from rich.console import Console
 
+    if how == "ensemble":
+        write_together(runs, out, weight, data)
+        return
     from foreword.cli.show import print_run
     from foreword.jobs.combine import combine_runs
     from foreword.training.progress import counting
@@ -41,6 +47,19 @@ def combine(
             scored = combine_runs(runs, how, out, weight, data, split, model, device, progress)
         print_compared(scored, console)
     print_run(out, console)
+
+
+def write_together(runs: Sequence[str], out: Path, weight: float | None, data: str | None) -> None:
+    """Writes the folder of an ensemble."""
+    from foreword.artifact.ensemble import write_ensemble
+    from foreword.artifact.hub import locate
+    from foreword.errors import ForewordError
+
+    if weight is not None or data is not None:
+        given = "--data" if weight is None else "--weight"
+        raise ForewordError(f"{given} says nothing to an ensemble", given, "leave it out; predict and serve run it")
+    write_ensemble(out, [locate(r) for r in runs])
+    typer.echo(f"{len(runs)} members written to {out}")
 
 
 def print_compared(scored: Sequence[Scored], console: Console) -> None:

@@ -21,6 +21,7 @@ from foreword.cli import (
     preview,
     push,
     recipes,
+    serve,
     show,
     train,
     transfer,
@@ -37,7 +38,7 @@ app = typer.Typer(
     epilog="Errors say what, where and how to mend it; --debug anywhere adds the traceback.",
 )
 for verb in (demo.demo, train.train, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
-             show.show, compile.compile_, combine.combine, transfer.transfer, distill.distill,
+             show.show, serve.serve, compile.compile_, combine.combine, transfer.transfer, distill.distill,
              multitask.multitask, export.export, push.push):  # fmt: skip
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(recipes.app, name="recipes")

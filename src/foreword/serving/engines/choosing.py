@@ -8,13 +8,14 @@ token is chosen from its own logits, by its own generator, so that a seed gives 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from foreword.serving.engine import Decoding
+from foreword.serving.engines.ids import Slot
 
 SAMPLES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -32,25 +33,49 @@ class Chosen:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Writer:
-    """What choosing needs of a running request. ``read``: text ids of its context."""
+    """A running request, as the loop that runs it knows it.
 
-    decoding: Decoding
+    ``ids``: of the running model, a prefix's in front. ``read``: the text among them. ``prefix``: of the soft
+    prompt, where it is one.
+    """
+
+    id: str
+    ids: Sequence[int]
     read: Sequence[int]
-    context: int
+    decoding: Decoding
+    end_id: int
+    prefix: Slot | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
     written: list[int] = field(default_factory=list)
     fresh: list[Chosen] = field(default_factory=list)
     """Chosen and not yet delivered."""
     computed: int = 0
     """Context tokens that passed through the model; the others were cached."""
+    over: bool = False
 
     def __post_init__(self) -> None:
         if self.decoding.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(self.decoding.seed)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens after which nothing is written."""
+        d = self.decoding
+        return d.stop_ids if d.ignore_eos else (*d.stop_ids, self.end_id)
+
+    @property
+    def ended(self) -> bool:
+        """Whether what is written is all."""
+        return len(self.written) >= self.decoding.max_tokens or (bool(self.written) and self.written[-1] in self.ends)
+
+    @property
+    def cached(self) -> int:
+        """Context tokens whose keys and values were there already."""
+        return max(len(self.ids) - self.computed, 0)
 
     @property
     def plain(self) -> bool:
@@ -66,16 +91,23 @@ class Writer:
         return penalised or bool(d.logit_bias)
 
 
-class Chooser:
-    """Stands where the continuous batch has its logits processors (the same five methods).
+Deliver = Callable[[list[tuple[Writer, bool, str | None]]], None]
+"""Told from the loop's thread: who has fresh tokens, whether it is over, and what went wrong."""
 
-    ``writers`` holds the running requests by id.
+
+class Chooser:
+    """Chooses for a whole batch, and counts what was cached.
+
+    It stands where the continuous batch has its logits processors, and has their five methods.
+
+    Args:
+        writers: the running requests by id.
     """
 
     do_processing = True
     tensors_required = 0
 
-    def __init__(self, writers: Mapping[str, Any]) -> None:
+    def __init__(self, writers: Mapping[str, Writer]) -> None:
         self._writers = writers
         self._batch: list[Writer | None] = []
         self.queries = self.hits = 0
@@ -91,20 +123,23 @@ class Chooser:
 
     def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
         """Remembers whose tokens the coming forward pass predicts, in their order."""
-        self._batch = []
+        batch: list[Writer | None] = []
         for request in requests_in_batch:
             writer = self._writers.get(request.state.request_id)
             if writer is not None and not writer.written:
                 writer.computed += request.query_length
             if request.has_new_token:
-                self._batch.append(writer)
-                self._count(writer)
+                batch.append(writer)
+        self.expect(batch)
         return arg_storage
 
-    def _count(self, writer: Writer | None) -> None:
-        if writer is not None and not writer.written:
-            self.queries += writer.context
-            self.hits += max(writer.context - writer.computed, 0)
+    def expect(self, batch: Sequence[Writer | None]) -> None:
+        """Whose tokens the coming logits predict, row by row; None: nobody's."""
+        self._batch = list(batch)
+        for writer in batch:
+            if writer is not None and not writer.written:
+                self.queries += len(writer.ids)
+                self.hits += writer.cached
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, args: torch.Tensor) -> torch.Tensor:
         """``scores`` ``[R, V]``; afterwards the likeliest of a row is the token chosen for it."""
