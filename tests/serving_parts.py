@@ -20,7 +20,7 @@ from foreword.config import PromptConfig
 from foreword.records import Task
 from foreword.serving.engine import Capabilities, EngineDown, EngineRefused, Request, Rows, ScoreRequest, Stats, Token
 
-SOON = 20.0
+SOON = 60.0
 """Seconds after which a test gives up waiting."""
 TASK = Task("Tweet text : {text} Label :", " ", "label", ("complaint", "praise"), ("complaint", "thank you"))
 TOKENS = 4

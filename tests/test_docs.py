@@ -24,7 +24,8 @@ def test_the_tree_names_every_file_once_and_no_other() -> None:
         named.append(folders_of[depth] + name)
         if name.endswith("/"):
             folders_of[depth + 2] = named[-1]
-    files = {str(f.relative_to(SOURCE)) for f in SOURCE.rglob("*.py") if f.name not in ("__init__.py", "__main__.py")}
+    sources = [*SOURCE.rglob("*.py"), *SOURCE.rglob("*.html")]
+    files = {str(f.relative_to(SOURCE)) for f in sources if f.name not in ("__init__.py", "__main__.py")}
     folders = {f"{Path(f).parent}/" for f in files if "/" in f}
     assert sorted(named) == sorted(files | folders | {"recipes/"})
 

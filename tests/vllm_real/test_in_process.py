@@ -10,14 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import vllm_checks
+from vllm_served import STARTING, Served, served_by
 
 import serving_checks as checks
-import vllm_checks
 from foreword.backbone.load import Backbone
 from foreword.serving.engine import Engine, EngineDown
 from foreword.serving.engines.model_files import describe, open_files
 from foreword.serving.remote import Limits, RemoteEngine, worker_command
-from vllm_served import STARTING, Served, served_by
 
 Check = Callable[[Engine, checks.Reference], Awaitable[None]]
 ALL: list[Check] = [

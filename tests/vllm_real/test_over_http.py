@@ -10,15 +10,15 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import vllm_checks
+from vllm_served import KEY, Served, served_by, server
 
 import serving_checks as checks
 import tiny_vllm
-import vllm_checks
 from foreword.backbone.load import Backbone
 from foreword.errors import ForewordError
 from foreword.serving.engine import Engine, EngineDown, EngineRefused, ScoreRequest
 from foreword.serving.engines.vllm_http import VllmHttpConfig, VllmHttpEngine
-from vllm_served import KEY, Served, served_by, server
 
 Check = Callable[[Engine, checks.Reference], Awaitable[None]]
 ALL: list[Check] = [
