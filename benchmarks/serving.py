@@ -189,7 +189,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
         ratios[str(count)] = {n: digits(times["peft"] / s, 3) for n, s in times.items() if is_ours(bench, n)}
         print(f"throughput, {count} soft prompts: {times}", flush=True)
     memory = {engine: mb(gateway.memory()) for engine, gateway in bench.gateways.items()}
-    memory["peft and plain"] = mb(held(psutil.Process()))
+    memory["peft and plain"] = mb(held([psutil.Process()]))
     return {"throughput": section, "throughput_ratio": ratios, "memory_mb": memory}
 
 
@@ -317,8 +317,7 @@ def side_by_side(args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 def gateway(args: argparse.Namespace, engine: str, prompts: Path, *more: str) -> Gateway:
     """``foreword serve`` on an engine."""
-    options = ["--name", BASE, "--engine", engine, "--dtype", "float32", *more]
-    options += ["--kv-memory", str(args.kv_memory)] if args.kv_memory else []
+    options = ["--name", BASE, "--engine", engine, "--dtype", "float32", "--kv-memory", str(args.kv_memory), *more]
     if engine == "vllm":
         options += ["--vllm-python", args.vllm]
     return Gateway(args.model, prompts, args.threads, options)
@@ -362,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-transformers", action="store_true", help="leave the embedded engine out")
     made.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of every contender")
     made.add_argument("--rounds", type=int, default=3, help="timed rounds of every contender, after one to warm up")
-    made.add_argument("--warm", type=int, default=16, help="requests of the round that warms up")
+    made.add_argument("--warm", type=int, default=32, help="requests of the round that warms up")
     made.add_argument("--mixes", type=int, nargs="+", default=[1, 8, 64], help="numbers of soft prompts")
     made.add_argument("--concurrent", type=int, default=64)
     made.add_argument("--virtual-tokens", type=int, default=16)
@@ -371,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--loads", type=int, nargs="+", default=[10, 1000, 2000], help="soft prompts loaded, for memory")
     made.add_argument("--registered", type=int, default=10_000, help="soft prompts in the folder")
     made.add_argument("--requests", type=int, default=2000, help="sent to them")
-    made.add_argument("--kv-memory", type=int, help="MB of the engines' cache of keys and values; default: theirs")
+    made.add_argument("--kv-memory", type=int, default=1024, help="MB of the engines' cache of keys and values")
     made.add_argument("--prompt-memory", type=int, default=32, help="MB of them loaded at once")
     made.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     made.add_argument("--name", default="", help="added to the file's name; without it a day has one file")

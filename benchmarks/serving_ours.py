@@ -229,7 +229,8 @@ class Gateway:
 
     def memory(self) -> dict[str, int]:
         """Bytes of the gateway and all its workers, as ``held`` counts them."""
-        return held(psutil.Process(self.process.pid))
+        whole = psutil.Process(self.process.pid)
+        return held([whole, *whole.children(recursive=True)])
 
     def idle_cpu(self, seconds: float) -> float:
         """Processors that its processes use while nobody asks for anything."""
@@ -256,7 +257,7 @@ class Gateway:
         """One call, whatever it answers."""
         return httpx.get(f"{self.url}{path}", timeout=STOP_SECONDS, trust_env=False)
 
-    def said(self, count: int = 2000) -> str:
+    def said(self, count: int = 4000) -> str:
         """The last characters of its output."""
         self._output.seek(0)
         return self._output.read().decode(errors="replace")[-count:]
@@ -293,7 +294,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def held(process: psutil.Process) -> dict[str, int]:
-    """Bytes of a process and all below it: resident, with shared pages divided (pss), its own alone (uss)."""
-    found = [p.memory_full_info() for p in [process, *process.children(recursive=True)]]
+def held(processes: Sequence[psutil.Process]) -> dict[str, int]:
+    """Bytes of processes: resident, with shared pages divided (pss), their own alone (uss)."""
+    found = [p.memory_full_info() for p in processes]
     return {key: sum(getattr(info, key) for info in found) for key in ("rss", "pss", "uss")}

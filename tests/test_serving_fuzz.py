@@ -102,7 +102,7 @@ def tried(api: Any, operation: Operation, mode: GenerationMode, most: int) -> Co
     @given(case=described.as_strategy(generation_mode=mode), seed=st.integers(0, 999))
     def check(case: Any, seed: int) -> None:
         asked(case, seed)
-        answer = case.call(headers=HERE)
+        answer = case.call(headers=HERE, timeout=sg.SOON)
         found[answer.status_code] += 1
         case.validate_response(answer, checks=checks)
         if answer.headers["content-type"][0].startswith("text/event-stream"):
@@ -117,7 +117,8 @@ def test_made_up_bodies(api: Any, operation: Operation) -> None:
     fitting = tried(api, operation, GenerationMode.POSITIVE, SHARE * 3 // 4)
     unfit = tried(api, operation, GenerationMode.NEGATIVE, SHARE - SHARE * 3 // 4)
     assert sum((fitting + unfit).values()) >= SHARE
-    assert fitting[200] > SHARE // 20, f"hardly anything went deep: {fitting}"
+    deep = 3 if "unload" in operation.path else SHARE // 20  # a name is unloaded once
+    assert fitting[200] > deep, f"hardly anything went deep: {fitting}"
     assert unfit[400] + unfit[415] > 0.8 * sum(unfit.values()), f"hardly anything was refused: {unfit}"
 
 

@@ -166,8 +166,7 @@ def test_the_command_serves_until_ctrl_c(model_folder: Path, store: Path) -> Non
         [worker] = psutil.Process(server.process.pid).children()
         server.process.send_signal(signal.SIGINT)
         assert server.ended() == 130
-        assert server.lines[-1] == "interrupted\n", server.lines[-3:]
-        assert not worker.is_running()
+        assert gone(worker) and not [line for line in server.lines if "Traceback" in line]
 
 
 def test_stopping_while_the_model_loads(model_folder: Path, store: Path) -> None:
@@ -181,7 +180,15 @@ def test_stopping_while_the_model_loads(model_folder: Path, store: Path) -> None
         [worker] = psutil.Process(server.process.pid).children()
         server.process.terminate()
         assert server.ended() == 0
-        assert not worker.is_running()
+        assert gone(worker)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended, though perhaps nobody has asked how."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_mistakes_are_told_before_anything_is_loaded(cli: Cli, tmp_path: Path, model_folder: Path) -> None:

@@ -14,6 +14,7 @@ import vllm_checks
 from vllm_served import STARTING, Served, served_by
 
 import serving_checks as checks
+import vllm_scenario
 from foreword.backbone.load import Backbone
 from foreword.serving.engine import Engine, EngineDown
 from foreword.serving.engines.model_files import describe, open_files
@@ -49,6 +50,11 @@ def served(vllm_python: str, folder: Path, backbone: Backbone) -> Iterator[Serve
 @pytest.mark.parametrize("check", ALL, ids=lambda c: c.__name__.removeprefix("check_"))
 def test_conformance(served: Served, check: Check) -> None:
     served.run(check(served.engine, served.reference))
+
+
+def test_the_record_still_holds(served: Served) -> None:
+    """What the doubles of the other tests say is what vLLM says."""
+    vllm_checks.same_answers(served.run(vllm_scenario.play(served.engine)), "vllm_in_process")
 
 
 def test_capabilities(served: Served) -> None:

@@ -15,6 +15,7 @@ from vllm_served import KEY, Served, served_by, server
 
 import serving_checks as checks
 import tiny_vllm
+import vllm_scenario
 from foreword.backbone.load import Backbone
 from foreword.errors import ForewordError
 from foreword.serving.engine import Engine, EngineDown, EngineRefused, ScoreRequest
@@ -70,6 +71,11 @@ def test_salts_share_nothing(served: Served) -> None:
     first, again, other = served.run(go())
     assert (first, other) == (0, 0)
     assert again > 0
+
+
+def test_the_record_still_holds(served: Served) -> None:
+    """What the doubles of the other tests say is what vLLM says."""
+    vllm_checks.same_answers(served.run(vllm_scenario.play(served.engine)), "vllm_http")
 
 
 def test_capabilities(served: Served) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +89,14 @@ async def check_repetition_counts_the_text_alone(engine: Engine, reference: chec
     bias = {"logit_bias": {0: 50.0}}
     (zero,) = await checks.collect(engine.generate(checks.request(case, repetition_penalty=1.5, **bias, **plain)))
     assert zero.id == -1
+
+
+def same_answers(found: dict[str, Any], record: str) -> None:
+    """Holds answers to the scenario against a record: the same tokens, log-probabilities up to rounding."""
+    known = json.loads((Path(__file__).parents[1] / "data" / f"{record}.json").read_text())["answers"]
+    assert found["refused"] == known["refused"]
+    for name, scores in known["scores"].items():
+        assert found["scores"][name] == pytest.approx(scores, abs=1e-4), name
+    for name, tokens in known["texts"].items():
+        assert [(t[0], t[3]) for t in found["texts"][name]] == [(t[0], t[3]) for t in tokens], name
+        assert [t[1] for t in found["texts"][name]] == pytest.approx([t[1] for t in tokens], abs=1e-4), name

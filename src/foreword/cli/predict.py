@@ -29,6 +29,7 @@ def predict(
     engine: r.EngineName = r.DEFAULT.engine,
     vllm_url: r.VllmUrl = "",
     vllm_python: r.VllmPython = "",
+    kv_memory: r.KvMemory = r.DEFAULT.kv_memory,
     in_flight: r.InFlight = r.IN_FLIGHT,
     model: o.Base = None,
     device: o.Device = "auto",
@@ -46,7 +47,7 @@ def predict(
     run = runs[0] if runs else None
     settings = ServeSettings(
         model=model or "", prompts=tuple(prompts or ()), engine=engine, vllm_url=vllm_url, vllm_python=vllm_python,
-        dtype=dtype, device=device,
+        dtype=dtype, device=device, kv_memory=kv_memory,
     )  # fmt: skip
     r.check_one_or_many(run, prompt_column, settings)
     with r.opened(rows, split, out, resume, in_flight) as files:

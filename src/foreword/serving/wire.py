@@ -49,7 +49,7 @@ def unpack_rows(d: Mapping[str, Any]) -> Rows:
 
 def pack_request(request: Request) -> dict[str, Any]:
     """A request as JSON."""
-    return asdict(request)
+    return {**vars(request), "decoding": vars(request.decoding)}  # asdict would copy every id
 
 
 def unpack_request(d: Mapping[str, Any]) -> Request:
@@ -62,7 +62,7 @@ def unpack_request(d: Mapping[str, Any]) -> Request:
 
 def pack_score(request: ScoreRequest) -> dict[str, Any]:
     """A score request as JSON."""
-    return asdict(request)
+    return dict(vars(request))
 
 
 def unpack_score(d: Mapping[str, Any]) -> ScoreRequest:

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -175,9 +175,11 @@ class VllmEngine:
         async with self._entered(request.id), self._turns.text(d):
             outputs = self._outputs(prompt, self._parameters(d), request.id)
             try:
+                first = True
                 async for output in outputs:
                     for token in self._tokens(output, d):
-                        yield token
+                        yield replace(token, cached=output.num_cached_tokens or 0) if first else token
+                        first = False
             finally:
                 await outputs.aclose()
 
@@ -277,8 +279,7 @@ class VllmEngine:
             ends = last == "stop" and closes(token, decoding, self.capabilities.end_id)
             known = {i: p.logprob for i, p in completion.logprobs[at].items()} if completion.logprobs else {}
             top = likeliest(known, decoding.top_logprobs or 0)
-            cached, output.num_cached_tokens = output.num_cached_tokens or 0, 0
-            yield Token(-1 if ends else token, known.get(token), top, last, cached)
+            yield Token(-1 if ends else token, known.get(token), top, last)
         if finish == "abort" or (finish and not ids):
             yield Token(-1, finish=finish)
 
