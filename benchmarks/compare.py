@@ -82,9 +82,13 @@ def spread(summary: Mapping[str, float]) -> tuple[float, float]:
     return summary.get("q1", summary["min"]), summary.get("q3", summary["max"])
 
 
+TIMED = ("cpu", "gpu")
+"""Kinds of results that hold times of the same sections; others measure scores or servers."""
+
+
 def pair(folder: Path, kind: str | None) -> tuple[Result, Result] | None:
     """The newest result and the newest before it that it can be compared with, as (old, new)."""
-    found = [r for r in newest(folder, kind) if r["kind"] != "methods"]  # which measures scores
+    found = [r for r in newest(folder, kind) if r["kind"] in TIMED]
     for earlier in found[1:]:
         if comparable(earlier, found[0]):
             return earlier, found[0]

@@ -21,7 +21,7 @@ SAME = ("kind", "model", "rows", "row_count", "dtype")
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Date and time (UTC), machine and versions; no host names and no paths."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     machine: dict[str, Any] = {"arch": platform.machine(), "cpu": cpu_name(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)

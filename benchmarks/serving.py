@@ -42,6 +42,7 @@ from serving_ours import (
     Ask,
     Gateway,
     Setting,
+    end_kindly,
     held,
     names,
     prepare,
@@ -392,4 +393,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_kindly()
     raise SystemExit(main())

@@ -287,6 +287,11 @@ class Gateway:
         self._output.close()
 
 
+def end_kindly() -> None:
+    """Lets a script that is told to end (``kill``, ``timeout``) end its gateways first."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def free_port() -> int:
     """A port of the loopback that nobody listens on now."""
     with socket.socket() as s:

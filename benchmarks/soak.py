@@ -33,7 +33,7 @@ import results
 import torch
 from measure import digits
 from serving_load import NO_ANSWER, Answer, Call, opened, percentiles, send
-from serving_ours import Gateway, Setting, names, prepare, write_prompts
+from serving_ours import Gateway, Setting, end_kindly, names, prepare, write_prompts
 from soak_truth import ALTERNATIVES, BASE, Name, is_right, precomputed
 
 TEXTS, CHATS, LABELS = "/v1/completions", "/v1/chat/completions", "/v1/classify"
@@ -322,4 +322,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_kindly()
     raise SystemExit(main())

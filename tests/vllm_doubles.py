@@ -8,7 +8,7 @@ import enum
 import io
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,17 @@ def same(a: Any, b: Any) -> bool:
         return bool(a == b)
     rest = [{k: v for k, v in x.items() if k != "prompt_embeds"} for x in (a, b)]
     return rest[0] == rest[1] and vllm_scenario.same_rows(a["prompt_embeds"], b["prompt_embeds"])
+
+
+def recall(
+    exchanges: list[dict[str, Any]], answered: list[int], fits: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
+    """The recorded exchange that fits, of equal ones the first that was not had yet; notes that it was had."""
+    found = [i for i, e in enumerate(exchanges) if fits(e)]
+    if not found:
+        return None
+    answered.append(next((i for i in found if i not in answered), found[0]))
+    return exchanges[answered[-1]]
 
 
 # --- over HTTP -------------------------------------------------------------------------------------
@@ -86,11 +97,10 @@ class Server:
         if body and "prompt_embeds" in body:
             rows = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
             body = {**body, "prompt_embeds": vllm_scenario.packed(rows)}
-        for i, known in enumerate(self.exchanges):
-            if (known["method"], known["path"]) == (method, path) and same(body, known["body"]):
-                self.answered.append(i)
-                return known["status"], known["answer"]
-        self.unknown.append((method, path, body))
+        asked = {"method": method, "path": path, "body": body}
+        if found := recall(self.exchanges, self.answered, lambda e: all(same(asked[k], e[k]) for k in asked)):
+            return found["status"], found["answer"]
+        self.unknown.append(asked)
         return 400, '{"error":{"message":"a request that is not in the record"}}'
 
 
@@ -122,17 +132,22 @@ class AsyncLLM:
     """Its interface as far as our engine uses it. ``record``: what the real one was asked and answered."""
 
     record: dict[str, Any]
+    answered: list[int]
     unknown: list[Any]
+    aborted: list[str]
+    ended: list[str]
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        known = self.record["arguments"]
-        assert {k: arguments[k] for k in known if k != "model"} == {k: v for k, v in known.items() if k != "model"}
+        asked, known = ({**a, "model": "", "seed": 0} for a in (arguments, self.record["arguments"]))
+        assert asked == known
         model = self.record["model"]
         self.model_config = SimpleNamespace(
-            get_vocab_size=lambda: model["vocab_size"], get_hidden_size=lambda: model["hidden_size"],
-            hf_text_config=SimpleNamespace(eos_token_id=[0, 5]), **{k: model[k] for k in ("max_model_len", "dtype", "max_logprobs")},
-        )  # fmt: skip
-        self.errored, self.aborted = False, []
+            get_vocab_size=lambda: model["vocab_size"],
+            get_hidden_size=lambda: model["hidden_size"],
+            hf_text_config=SimpleNamespace(eos_token_id=[0, 5]),
+            **{k: model[k] for k in ("max_model_len", "dtype", "max_logprobs")},
+        )
+        self.errored = False
 
     @classmethod
     def from_engine_args(cls, arguments: dict[str, Any]) -> AsyncLLM:
@@ -143,45 +158,47 @@ class AsyncLLM:
         if "prompt_embeds" in asked:
             asked["prompt_embeds"] = vllm_scenario.packed(asked["prompt_embeds"])
         how = {**parameters, "output_kind": parameters["output_kind"].name}
-        for known in self.record["exchanges"]:
-            if same(asked, known["prompt"]) and _plain(how) == known["parameters"]:
-                break
-        else:
+        plain = json.loads(json.dumps(how))
+        known = recall(
+            self.record["exchanges"], self.answered, lambda e: same(asked, e["prompt"]) and plain == e["parameters"]
+        )
+        if known is None:
             self.unknown.append((asked, how))
             raise ClientError("a request that is not in the record")
-        if "refused" in known:
-            raise ClientError(known["refused"])
-        for output in known["outputs"]:
-            await asyncio.sleep(0)
-            yield _output(output)
+        try:
+            for output in known["outputs"]:
+                await asyncio.sleep(0)
+                yield _output(output)
+        finally:
+            self.ended.append(request_id)
 
-    async def abort(self, ids: Any) -> None:
-        self.aborted.append(ids)
+    async def abort(self, ids: str | list[str]) -> None:
+        self.aborted.extend([ids] if isinstance(ids, str) else ids)
 
     def shutdown(self, timeout: float) -> None:
         self.errored = True
-
-
-def _plain(how: dict[str, Any]) -> Any:
-    """Parameters as JSON has them."""
-    return json.loads(json.dumps(how))
 
 
 def _output(kept: dict[str, Any]) -> SimpleNamespace:
     logprobs = kept["logprobs"] and [
         {int(i): SimpleNamespace(logprob=p) for i, p in at.items()} for at in kept["logprobs"]
     ]
-    completion = SimpleNamespace(
-        token_ids=kept["token_ids"], logprobs=logprobs, finish_reason=kept["finish_reason"]
-    )
+    completion = SimpleNamespace(token_ids=kept["token_ids"], logprobs=logprobs, finish_reason=kept["finish_reason"])
     return SimpleNamespace(outputs=[completion], num_cached_tokens=kept["num_cached_tokens"])
 
 
 def install(monkeypatch: pytest.MonkeyPatch, record: dict[str, Any]) -> type[AsyncLLM]:
     """Puts the double where the engine looks for vLLM, until the test ends."""
-    double = type("AsyncLLM", (AsyncLLM,), {"record": record, "unknown": []})
+    kept: dict[str, Any] = {name: [] for name in ("answered", "unknown", "aborted", "ended")}
+    double = type("AsyncLLM", (AsyncLLM,), {"record": record, **kept})
+
+    def parameters(**how: Any) -> dict[str, Any]:
+        if how["temperature"] > 2.0:
+            raise ClientError(record["answers"]["refused"])
+        return how
+
     names: dict[str, dict[str, Any]] = {
-        "vllm": {"SamplingParams": dict},
+        "vllm": {"SamplingParams": parameters},
         "vllm.sampling_params": {"RequestOutputKind": OutputKind},
         "vllm.engine.arg_utils": {"AsyncEngineArgs": dict},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},

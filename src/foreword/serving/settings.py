@@ -10,6 +10,8 @@ from foreword.errors import ForewordError, nearest
 
 ENGINES = ("transformers", "vllm")
 USER_KEYS, ADMIN_KEYS = "FOREWORD_API_KEYS", "FOREWORD_ADMIN_KEYS"
+VLLM_KEY = "FOREWORD_VLLM_KEY"
+"""The environment's variable with the key of the server at --vllm-url, if it wants one."""
 MB = 2**20
 
 
@@ -30,7 +32,8 @@ class ServeSettings:
     engine: str = "transformers"
     """What runs the model: transformers, or vllm (in an environment of its own)."""
     vllm_url: str = ""
-    """A vLLM server with prompt embeds to use, instead of starting one: http://HOST:PORT."""
+    """A vLLM server with prompt embeds to use, instead of starting one: http://HOST:PORT. Its key, if it wants
+    one, is taken from FOREWORD_VLLM_KEY."""
     vllm_python: str = ""
     """The Python of vLLM's environment; else that of make vllm-env in this folder (.venv-vllm), else this one."""
     revision: str | None = None
@@ -40,8 +43,8 @@ class ServeSettings:
     device: str = "auto"
     """Where the model runs: auto, cuda, cuda:N, mps, cpu."""
     kv_memory: int = 0
-    """MB of keys and values kept for running requests and shared beginnings; 0: the engine's own choice
-    (transformers: 1024)."""
+    """MB of keys and values kept for running requests and shared beginnings; 0: 1024, or on a GPU with vLLM
+    what is free there."""
     threads: int = 0
     """CPU threads of the model; 0: the engine's own choice."""
     api_keys: tuple[str, ...] = ()

@@ -38,7 +38,8 @@ class Continuous:
         windows = getattr(backbone.config, "sliding_window", None)
         self._own_attention = self._plain_attention == "sdpa" and windows is None
         self.takes_prefixes = self._own_attention and _has_prefixes(backbone)
-        blocks = max(kv_bytes // (bytes_per_token(backbone) * page), 4)
+        most_used = most * -(-backbone.window // page)  # no more than all requests at their longest
+        blocks = max(min(kv_bytes // (bytes_per_token(backbone) * page), most_used), 4)
         self.tokens = blocks * page
         self.manager = self._manager(backbone.end_id, blocks, page, batch_tokens, most)
         if self._own_attention:

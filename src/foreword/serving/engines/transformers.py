@@ -37,6 +37,7 @@ from foreword.serving.engine import (
 from foreword.serving.engines.choosing import SAMPLES, Chooser, Chosen, Writer
 from foreword.serving.engines.continuous import Continuous, bytes_per_token
 from foreword.serving.engines.ids import Slot
+from foreword.serving.engines.packing import PackedHead
 from foreword.serving.engines.rounds import Rounds
 from foreword.serving.engines.scoring import Job, Scorer
 from foreword.serving.engines.slots import Slots
@@ -145,6 +146,7 @@ class TransformersEngine:
         sample = [Segment((1, 2 + i, 3), ((4 + i, 5), (6, 5))) for i in range(2)]
         no_rows = torch.zeros(0, self.backbone.hidden_size, device=self.backbone.device)
         layout = choose_layout(self.backbone, SoftPrompt(no_rows), sample, gradient=False).score
+        self.head = PackedHead(self.backbone.model)
         self.slots = Slots(self.backbone, int(c.prompt_memory * MEBI))
         self.chooser = Chooser(self._writers)
         self.scorer = Scorer(self.backbone, layout, lambda: self.loop.pause(), int(c.score_memory * MEBI))
@@ -228,6 +230,7 @@ class TransformersEngine:
         await asyncio.to_thread(self.scorer.close)
         await asyncio.to_thread(self.loop.stop)
         self.slots.close()
+        self.head.remove()
 
     @property
     def alive(self) -> bool:

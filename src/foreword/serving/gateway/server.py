@@ -6,7 +6,7 @@ import asyncio
 import math
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvicorn
@@ -64,7 +64,20 @@ async def serve(settings: ServeSettings, engine: Engine, say: Say) -> None:
         await registry.close()
     finally:
         listener.close()
-        await engine.close()
+        await to_its_end(engine.close())
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for work that Ctrl-C must not leave half done; asyncio makes a cancellation of it."""
+    task, cancelled = asyncio.create_task(work), False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def start_line(settings: ServeSettings, gateway: Gateway, listener: socket.socket) -> str:
