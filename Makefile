@@ -54,6 +54,7 @@ bench-compare: $(VENV)/.installed-dev
 bench-table: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/table.py
 	$(VENV)/bin/python benchmarks/methods_table.py
+	$(VENV)/bin/python benchmarks/serving_table.py > docs/serving-speed.md
 
 fmt: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .

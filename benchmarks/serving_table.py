@@ -215,6 +215,7 @@ def soak(result: Result) -> Iterator[str]:
 
 def main() -> None:
     """Prints the tables of the newest of each kind."""
+    print("# Serving: speed and soak\n")
     print("\n".join(page([found[0] for kind in ("serving", "soak") if (found := newest(FOLDER, kind))])))
 
 
