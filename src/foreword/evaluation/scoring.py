@@ -98,6 +98,11 @@ def needs_end(label_ids: Sequence[Sequence[int]]) -> bool:
     return any(a != b and b[: len(a)] == a for a in words for b in words)
 
 
+def scored_branches(label_ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """What is scored of each class's label words; their end token is only read where it decides."""
+    return list(label_ids) if needs_end(label_ids) else [ids[:-1] for ids in label_ids]
+
+
 def classify(
     backbone: Backbone,
     prompt: SoftPrompt,
@@ -107,7 +112,7 @@ def classify(
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Floats:
     """Label probabilities ``[n, C]`` of each context; end tokens are only read where they decide."""
-    branches = label_ids if needs_end(label_ids) else [ids[:-1] for ids in label_ids]
+    branches = scored_branches(label_ids)
     scores = score_branches(backbone, prompt, contexts, [branches] * len(contexts), layout, progress)
     return class_probabilities(scores, with_end=True)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foreword.data.labels import is_missing, require_text
 from foreword.data.template import require_columns
 from foreword.errors import ForewordError, nearest
-from foreword.evaluation.scoring import needs_end
+from foreword.evaluation.scoring import scored_branches
 from foreword.jobs.load import Prediction
 from foreword.records import Table
 from foreword.serving.engine import (
@@ -159,9 +159,8 @@ class Batch:
         columns = member.reader.columns
         require_columns(columns, table.columns, table.origin)
         require_text(table.pick(list(indices)), columns)
-        in_front = member.tokens if member.kind == "prefix" else 0
         for i in indices:
-            size = len(self._ids(member, i)) + in_front
+            size = len(self._ids(member, i)) + member.unseen
             if max_tokens and size + max_tokens > window:
                 raise ForewordError(
                     f"row {table.numbers[i]} has {size} tokens: with {max_tokens} new ones they pass {window}",
@@ -221,8 +220,7 @@ class Batch:
 
     async def _probabilities(self, member: Member, index: int) -> NDArray[np.float64]:
         """Of the classes ``[C]``; end tokens are only read where they decide."""
-        words = member.reader.label_ids
-        branches = words if needs_end(words) else tuple(ids[:-1] for ids in words)
+        branches = tuple(map(tuple, scored_branches(member.reader.label_ids)))
         request = ScoreRequest(f"row-{index}-{member.key}", self._ids(member, index), branches, member.key)
         scores = np.asarray(await self.engine.score(request))
         shifted = np.exp(scores - scores.max())

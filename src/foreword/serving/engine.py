@@ -11,7 +11,7 @@ and values of every layer) has no ids: it lies in front of everything.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -57,6 +57,10 @@ class Decoding:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None
+
+
+SAMPLES = tuple(f.name for f in fields(Decoding) if f.name != "max_tokens")
+"""The fields of ``Decoding`` beside max_tokens, for an engine that heeds them all."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ class Member:
     kind: Kind
     nbytes: int
 
+    @property
+    def unseen(self) -> int:
+        """Virtual tokens that have no ids in a context: those of a prefix."""
+        return self.tokens if self.kind == "prefix" else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:

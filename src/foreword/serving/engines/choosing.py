@@ -17,12 +17,6 @@ import torch
 from foreword.serving.engine import Decoding
 from foreword.serving.engines.ids import Slot
 
-SAMPLES = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "logit_bias", "seed", "stop_ids", "ignore_eos", "top_logprobs",
-)  # fmt: skip
-"""The fields of ``Decoding`` heeded here."""
-
 
 @dataclass(frozen=True)
 class Chosen:

@@ -23,6 +23,7 @@ from foreword.errors import ForewordError
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
 from foreword.serving.engine import (
+    SAMPLES,
     Capabilities,
     Decoding,
     EngineDown,
@@ -34,7 +35,7 @@ from foreword.serving.engine import (
     Stats,
     Token,
 )
-from foreword.serving.engines.choosing import SAMPLES, Chooser, Chosen, Writer
+from foreword.serving.engines.choosing import Chooser, Chosen, Writer
 from foreword.serving.engines.continuous import Continuous, bytes_per_token
 from foreword.serving.engines.ids import Slot
 from foreword.serving.engines.packing import PackedHead

@@ -19,6 +19,7 @@ import torch
 
 from foreword.serving import wire
 from foreword.serving.engine import (
+    SAMPLES,
     Capabilities,
     Decoding,
     EngineDown,
@@ -34,7 +35,6 @@ from foreword.serving.engines.held import HeldRows
 from foreword.serving.engines.one_token import Turns, summed
 from foreword.serving.engines.vllm_words import (
     MOST_NAMED,
-    SAMPLES,
     check_length,
     check_rows,
     closes,

@@ -20,6 +20,7 @@ import torch
 from foreword.errors import ForewordError
 from foreword.serving import wire
 from foreword.serving.engine import (
+    SAMPLES,
     Capabilities,
     EngineDown,
     EngineError,
@@ -36,7 +37,6 @@ from foreword.serving.engines.one_token import Turns, summed
 from foreword.serving.engines.vllm_server import COMPLETIONS, VllmServer
 from foreword.serving.engines.vllm_words import (
     MOST_NAMED,
-    SAMPLES,
     check_length,
     check_rows,
     closes,

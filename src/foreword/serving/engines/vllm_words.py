@@ -8,11 +8,6 @@ from typing import Any
 from foreword.errors import ForewordError
 from foreword.serving.engine import Decoding, Engine, EngineRefused, Finish, Request, Rows, Stats, Token
 
-SAMPLES = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "logit_bias", "seed", "stop_ids", "ignore_eos", "top_logprobs",
-)  # fmt: skip
-"""The fields of ``Decoding`` heeded."""
 MOST_NAMED = 128
 """Tokens whose log-probabilities one request may ask for (vLLM's MAX_LOGPROB_TOKEN_IDS)."""
 AGREEMENT, LOOSE_AGREEMENT = 0.02, 0.5

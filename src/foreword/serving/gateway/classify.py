@@ -20,7 +20,6 @@ from foreword.serving.gateway.logs import Call
 from foreword.serving.gateway.replies import Classification, Classified, MemberAnswer, PromptDetails, Usage
 from foreword.serving.gateway.schema import ClassifyRequest
 from foreword.serving.gateway.service import Gateway, Ids, Target, reading, retried
-from foreword.serving.registry import Member
 from foreword.serving.text import Reader
 
 Floats = NDArray[np.float64]
@@ -97,18 +96,13 @@ def judges_of(target: Target, plain: bool) -> list[Judge]:
         raise refused(f"'{target.name}' writes text and has no classes", "model")
     if plain:
         return [Judge(None, members[0].reader.plain())]
-    return [Judge(m.key, m.reader, m.tokens, _unseen(m)) for m in members]
-
-
-def _unseen(member: Member) -> int:
-    return member.tokens if member.kind == "prefix" else 0
+    return [Judge(m.key, m.reader, m.tokens, m.unseen) for m in members]
 
 
 async def _verdict(gateway: Gateway, judge: Judge, rows: Sequence[str | Row], call: Call) -> Verdict:
-    from foreword.evaluation.scoring import needs_end
+    from foreword.evaluation.scoring import scored_branches
 
-    label_ids = judge.reader.label_ids
-    branches = label_ids if needs_end(label_ids) else tuple(ids[:-1] for ids in label_ids)
+    branches = tuple(map(tuple, scored_branches(judge.reader.label_ids)))
     texts = [r if isinstance(r, str) else "".join(map(str, r.values())) for r in rows]
     contexts = await reading(gateway.base, texts, lambda: [judge.reader.row(r) for r in rows])
 

@@ -110,7 +110,7 @@ class Writer:
     @property
     def unseen(self) -> int:
         """Those of them that have no ids in a context: a prefix."""
-        return self.tokens if self.member and self.member.kind == "prefix" else 0
+        return self.member.unseen if self.member else 0
 
     @property
     def reader(self) -> Reader | None:
