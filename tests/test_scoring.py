@@ -83,7 +83,6 @@ def test_free_text_is_scored_by_greedy_match_and_token_loss() -> None:
     right = Example(1, CONTEXTS[0], (*said, 0)[:4], None, backbone.tokenizer.decode(said))
     wrong = Example(2, CONTEXTS[1], (10, 11, 10, 0), None, "something else")
     outcome = run_rows(backbone, empty, [right, wrong], (), "packed")
-    assert outcome.matches is not None
     assert outcome.matches.tolist() == [1.0, 0.0]
     scores = scores_of(outcome, ())
     expected = [reference(backbone, empty.values, e.context, e.target) for e in (right, wrong)]

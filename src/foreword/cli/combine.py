@@ -67,15 +67,15 @@ def print_compared(scored: Sequence[Scored], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from foreword.report.card import score_rows
+    from foreword.report.card import score_columns, score_rows
 
-    main = "accuracy" if "accuracy" in scored[0].scores else "exact match"
+    (_, main), *_ = score_columns(scored[0].scores)
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", overflow="fold")
     table.add_column(main, justify="right", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True)
     for who in scored:
-        _, reached, _, loss = score_rows(who.scores)[0]
+        _, reached, *_, loss = score_rows(who.scores)[0]
         table.add_row(escape(who.name), escape(reached), escape(loss))
     console.print()
     console.print(table)

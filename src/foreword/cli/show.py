@@ -27,6 +27,7 @@ def print_run(folder: Path, console: Console) -> None:
     """Prints what the folder holds and what to do with it."""
     from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter
     from foreword.artifact.sidecar import SIDECAR
+    from foreword.report.page import REPORT
 
     adapter = read_adapter(folder)
     sidecar, prompt = adapter.sidecar, adapter.prompt
@@ -47,6 +48,8 @@ def print_run(folder: Path, console: Console) -> None:
             facts["made"] = f"{sidecar.training['how']} from {', '.join(sidecar.training['from'])}"
         else:
             facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"
+    if (folder / REPORT).is_file():
+        facts["report"] = folder / REPORT
     for name, value in facts.items():
         console.print(f"{name:12} {value}", highlight=False, markup=False, soft_wrap=True)
     if sidecar and sidecar.scores:
@@ -65,18 +68,19 @@ def print_scores(scores: Any, console: Console) -> None:
     """The table of scores with intervals, beside the baselines."""
     from rich.table import Table
 
-    from foreword.report.card import score_rows
+    from foreword.report.card import rows_scored, score_columns, score_rows
 
-    main = "accuracy" if "accuracy" in scores else "exact match"
     table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for i, name in enumerate(("", main, "macro-F1", "loss")):
+    columns = score_columns(scores)
+    for i, name in enumerate(("", *(title for _, title in columns))):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0)
+    before = "\n\\[" if len(columns) > 3 else " \\["  # four scores and their intervals side by side are too wide
     for row in score_rows(scores):
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
+        table.add_row(*(cell.replace(" [", before) for cell in row))
     console.print()
     console.print(table)
     console.print(
-        f"{scores['n']} rows ({scores['protocol']}); 95 % intervals", highlight=False, markup=False, soft_wrap=True
+        f"{rows_scored(scores)} ({scores['protocol']}); 95 % intervals", highlight=False, markup=False, soft_wrap=True
     )
     console.print()
 

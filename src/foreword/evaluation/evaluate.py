@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,9 @@ from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import Layout
 from foreword.backbone.generate import BATCH, Sampling, generate
 from foreword.backbone.load import Backbone
-from foreword.evaluation.metrics import classification_scores, interval, point_scores, token_loss
+from foreword.evaluation.metrics import classification_scores, point_scores, token_loss
 from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
+from foreword.evaluation.text_metrics import exact_matches, text_scores
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
 
@@ -28,15 +29,24 @@ def silent(rows: int) -> None:
 class Outcome:
     """What a soft prompt did on ``n`` rows; scores are computed from it.
 
-    ``logprobs`` ``[n]`` of each row's own target; ``probabilities`` ``[n, C]`` of the classes,
-    or ``matches`` ``[n]`` (greedy text equals the target) for free text.
+    ``logprobs`` ``[n]`` of each row's own target; ``probabilities`` ``[n, C]`` of the classes (None: free text).
     """
 
     truth: list[int]
     target_tokens: list[int]
     logprobs: list[float]
     probabilities: Floats | None = None
-    matches: Floats | None = None
+    texts: list[str] = field(default_factory=list)
+    """Free text: what was written, greedily, after each of ``m`` distinct contexts."""
+    references: list[list[str]] = field(default_factory=list)
+    """The targets of all rows with that context ``[m]``."""
+    firsts: list[int] = field(default_factory=list)
+    """The first row with that context ``[m]``."""
+
+    @property
+    def matches(self) -> Floats:
+        """1 where a written text is one of its references ``[m]``."""
+        return exact_matches(self.texts, self.references)
 
 
 def run_rows(
@@ -54,7 +64,10 @@ def run_rows(
     tokens = [len(e.target) for e in examples]
     if not label_ids:
         logprobs = target_logprobs(backbone, prompt, examples, layout)
-        return Outcome([], tokens, logprobs, matches=greedy_matches(backbone, prompt, examples, progress))
+        groups = by_context(examples)
+        texts = greedy_texts(backbone, prompt, examples, groups, progress)
+        references = [list(dict.fromkeys(examples[i].text for i in g)) for g in groups]
+        return Outcome([], tokens, logprobs, None, texts, references, [g[0] for g in groups])
     truth = [e.label or 0 for e in examples]
     branches = [label_ids] * len(examples)
     scores = score_branches(backbone, prompt, [e.context for e in examples], branches, layout, progress)
@@ -74,44 +87,53 @@ def run_plain(
     return run_rows(backbone, no_prompt(backbone), plain, label_ids, layout, progress)
 
 
-def greedy_matches(backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Example], progress: Progress) -> Floats:
-    """1 where a row's greedy text is its target, white space at the ends aside ``[n]``."""
-    longest = max(len(e.target) for e in examples)
-    matches: list[bool] = []
-    for at in range(0, len(examples), BATCH):
-        batch = examples[at : at + BATCH]
-        texts = generate(backbone, prompt, [e.context for e in batch], Sampling(max_new_tokens=longest))
-        said = backbone.tokenizer.batch_decode(texts, skip_special_tokens=True)
-        matches += [s.strip() == e.text.strip() for s, e in zip(said, batch, strict=True)]
-        progress(len(batch))
-    return np.asarray(matches, dtype=float)
+def by_context(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of the rows of each distinct context, in order: data-to-text sets give an input several targets."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.context, []).append(i)
+    return list(groups.values())
+
+
+def greedy_texts(
+    backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Example], groups: Sequence[Sequence[int]],
+    progress: Progress,
+) -> list[str]:  # fmt: skip
+    """What is written after the context of each group, white space at the ends aside.
+
+    A text ends with the end token, or when it has as many tokens as the longest target.
+    """
+    sampling = Sampling(max_new_tokens=max(len(e.target) for e in examples))
+    texts: list[str] = []
+    for at in range(0, len(groups), BATCH):
+        batch = groups[at : at + BATCH]
+        ids = generate(backbone, prompt, [examples[g[0]].context for g in batch], sampling)
+        texts += [t.strip() for t in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        progress(sum(map(len, batch)))
+    return texts
 
 
 def pooled(outcomes: Sequence[Outcome]) -> Outcome:
     """The rows of several outcomes as one (the held-out rows of all folds)."""
-    first = outcomes[0]
+    starts = np.cumsum([0, *(len(o.logprobs) for o in outcomes)]).tolist()
     return Outcome(
         [t for o in outcomes for t in o.truth],
         [t for o in outcomes for t in o.target_tokens],
         [x for o in outcomes for x in o.logprobs],
-        None if first.probabilities is None else np.concatenate([o.probabilities for o in outcomes]),
-        None if first.matches is None else np.concatenate([o.matches for o in outcomes]),
+        None if outcomes[0].probabilities is None else np.concatenate([o.probabilities for o in outcomes]),
+        [t for o in outcomes for t in o.texts],
+        [r for o in outcomes for r in o.references],
+        [start + i for start, o in zip(starts, outcomes, strict=False) for i in o.firsts],
     )
 
 
 def scores_of(outcome: Outcome, classes: Sequence[str]) -> dict[str, Any]:
-    """All scores of an outcome with their intervals; loss and perplexity are over target tokens."""
+    """All scores of an outcome with their intervals; loss and perplexity are over target tokens of all rows."""
     loss = token_loss(outcome.logprobs, outcome.target_tokens)
     if outcome.probabilities is not None:
         scores = classification_scores(outcome.truth, outcome.probabilities, classes)
     else:
-        assert outcome.matches is not None
-        hits = outcome.matches
-        scores = {
-            "n": len(hits),
-            "exact_match": float(hits.mean()),
-            "intervals": {"exact_match": interval(len(hits), lambda i: float(hits[i].mean()))},
-        }
+        scores = {"n": len(outcome.logprobs), **text_scores(outcome.texts, outcome.references)}
     scores["intervals"].update(loss.pop("intervals"))
     return {**scores, **loss}
 
@@ -121,7 +143,6 @@ def validation_scores(outcome: Outcome) -> dict[str, float]:
     loss = {"loss": -sum(outcome.logprobs) / sum(outcome.target_tokens)}
     if outcome.probabilities is not None:
         return {**loss, **point_scores(outcome.truth, outcome.probabilities)}
-    assert outcome.matches is not None
     return {**loss, "exact_match": float(outcome.matches.mean())}
 
 

@@ -50,8 +50,19 @@ def _origin(sidecar: Sidecar) -> str:
     return f"trained with Foreword on {training['rows']} rows"
 
 
-def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(who, accuracy or exact match, macro-F1, loss) with intervals: the prompt, then its baselines."""
+CLASS_COLUMNS = (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("loss", "loss"))
+TEXT_COLUMNS = (("exact_match", "exact match"), ("bleu", "BLEU"), ("rouge_l", "ROUGE-L"), ("loss", "loss"))
+SACREBLEU = {"bleu": "BLEU", "chrf": "chrF"}
+"""Scores of 100; the others are of 1."""
+
+
+def score_columns(scores: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """The scores that are shown of classes or of free text: (key, title)."""
+    return CLASS_COLUMNS if "accuracy" in scores else TEXT_COLUMNS
+
+
+def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """(who, then a cell for each of ``score_columns``) with intervals: the prompt, then its baselines."""
     named = [
         ("soft prompt", scores),
         ("before the first step", scores["baselines"].get("start")),
@@ -59,19 +70,22 @@ def score_rows(scores: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("zero-shot", scores["baselines"].get("zero_shot")),
         ("majority class", scores["baselines"].get("majority")),
     ]
-    main = "accuracy" if "accuracy" in scores else "exact_match"
-    return [
-        (name, _with_interval(s, main), _with_interval(s, "macro_f1"), _with_interval(s, "loss"))
-        for name, s in named
-        if s is not None
-    ]
+    keys = [key for key, _ in score_columns(scores)]
+    return [(name, *(_with_interval(s, key) for key in keys)) for name, s in named if s is not None]
+
+
+def rows_scored(scores: Mapping[str, Any]) -> str:
+    """How many rows, and how many different inputs where some have several targets."""
+    inputs = scores.get("contexts", scores["n"])
+    return f"{scores['n']} rows" if inputs == scores["n"] else f"{scores['n']} rows of {inputs} different inputs"
 
 
 def _with_interval(scores: Mapping[str, Any], key: str) -> str:
     if key not in scores:
         return ""
     low, high = scores["intervals"][key]
-    return f"{scores[key]:.3f} [{low:.3f}, {high:.3f}]"
+    digits = 1 if key in SACREBLEU else 3
+    return f"{scores[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _classes(sidecar: Sidecar) -> list[str]:
@@ -85,13 +99,22 @@ def _classes(sidecar: Sidecar) -> list[str]:
 def _scores(scores: Mapping[str, Any]) -> list[str]:
     if not scores:
         return ["## Scores", "", "Not scored: no held-out rows were given.", ""]
-    main = "accuracy" if "accuracy" in scores else "exact match"
+    titles = [title for _, title in score_columns(scores)]
     table = [f"| {' | '.join(row)} |" for row in score_rows(scores)]
+    over = "rows" if "accuracy" in scores else "inputs (of the loss: over rows)"
     return [
         "## Scores", "",
-        f"On {scores['n']} rows: {scores['protocol']}. In brackets: 95 % bootstrap intervals over rows.", "",
-        f"| | {main} | macro-F1 | loss per target token |", "|---|---|---|---|", *table, "",
+        f"On {rows_scored(scores)}: {scores['protocol']}. In brackets: 95 % bootstrap intervals over {over}. "
+        "Loss is per target token.", "",
+        f"| | {' | '.join(titles)} |", f"|{'---|' * (len(titles) + 1)}", *table, "", *_signatures(scores),
     ]  # fmt: skip
+
+
+def _signatures(scores: Mapping[str, Any]) -> list[str]:
+    """What sacrebleu says its scores were made with."""
+    found = scores.get("signatures", {})
+    lines = [f"- {SACREBLEU[key]} {_with_interval(scores, key)}: sacrebleu `{how}`" for key, how in found.items()]
+    return [*lines, ""] if lines else []
 
 
 def _usage(adapter: Mapping[str, Any], sidecar: Sidecar, base: str) -> list[str]:
