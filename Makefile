@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-compare bench-table soak clean
+.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-compare bench-table results soak clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -55,6 +55,10 @@ bench-table: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/table.py
 	$(VENV)/bin/python benchmarks/methods_table.py
 	$(VENV)/bin/python benchmarks/serving_table.py > docs/serving-speed.md
+
+# docs/results.md from stored numbers; benchmarks/quality.py --data FOLDER measures them
+results: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/quality_table.py
 
 fmt: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
