@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from foreword.config import Recipe
+from foreword.data.raft import filled_in
 from foreword.errors import ForewordError
 from foreword.recipe import merge, parse_overrides, read_recipe_file
 
@@ -17,7 +19,7 @@ Args = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE] [key=value]...", help="A recipe (file or packaged name), keys.")
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Backbone: hub id, folder, .gguf, smollm2-135m.")]
-Data = Annotated[str | None, typer.Option("--data", help="Rows: .csv, .jsonl, .parquet, hub id.")]
+Data = Annotated[str | None, typer.Option("--data", help="Rows: .csv, .jsonl, .parquet, hub id, RAFT folder.")]
 EvalData = Annotated[str | None, typer.Option("--eval-data", help="Held-out rows to score on.")]
 Text = Annotated[str | None, typer.Option("--text", help="Input column.")]
 Label = Annotated[str | None, typer.Option("--label", help="Label column.")]
@@ -49,7 +51,7 @@ def build_recipe(
     template: str | None,
     base: Recipe | None = None,
 ) -> Recipe:
-    """Defaults < recipe < command line."""
+    """Defaults < what a RAFT task folder brings < recipe < command line."""
     recipe = base or Recipe()
     named = [a for a in args or [] if "=" not in a]
     if len(named) > 1:
@@ -62,7 +64,8 @@ def build_recipe(
     recipe = merge(recipe, parse_overrides([a for a in args or [] if "=" in a]), where="command line")
     given = {"path": data, "eval_path": eval_data, "text": text, "label": label, "template": template}
     options = {"model": {"id": model} if model else {}, "data": {k: v for k, v in given.items() if v is not None}}
-    return merge(recipe, options, where="command line")
+    recipe = merge(recipe, options, where="command line")
+    return replace(recipe, data=filled_in(recipe.data))
 
 
 def find_recipe(name: str) -> Path:

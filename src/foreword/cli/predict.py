@@ -9,6 +9,7 @@ import typer
 
 from foreword.cli import options as o
 from foreword.cli import rows as r
+from foreword.data.raft import ID, RaftTask, read_task
 from foreword.errors import ForewordError
 from foreword.serving.settings import ServeSettings
 
@@ -18,11 +19,15 @@ def predict(
         list[str],
         typer.Argument(
             metavar="[RUN] ROWS",
-            help="Run, adapter or ensemble folder, or hub id (none with --prompts); .csv, .jsonl, .parquet or hub id.",
+            help="Run, adapter or ensemble folder, or hub id (none with --prompts); .csv, .jsonl, .parquet, hub id or "
+            "RAFT task folder.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="File to write: .csv or .jsonl.")],
     split: Annotated[str, typer.Option("--split", help="Split of a hub data set.")] = "test",
+    raft: Annotated[
+        bool, typer.Option("--raft", help="Rows are a RAFT task folder: write ID,Label of its test.")
+    ] = False,
     prompts: r.Prompts = None,
     prompt_column: r.PromptColumn = None,
     resume: r.Resume = False,
@@ -40,6 +45,8 @@ def predict(
     """Classify rows: input columns, label, and one probability column a class.
 
     With --prompts each row is classified by the soft prompt it names: label, its probability p, all probabilities.
+
+    With --raft the rows are the unlabelled test of a RAFT task folder, and the file is what RAFT takes: ID and Label.
     """
     *runs, rows = inputs
     if len(runs) > 1:
@@ -50,10 +57,26 @@ def predict(
         dtype=dtype, device=device, kv_memory=kv_memory,
     )  # fmt: skip
     r.check_one_or_many(run, prompt_column, settings)
-    with r.opened(rows, split, out, resume, in_flight) as files:
+    task = _raft_task(run, rows, split, out) if raft else None
+    with r.opened(rows, split, out, resume, in_flight, (ID,) if task else None) as files:
         from foreword.serving import bulk
 
-        if run is not None:
-            bulk.predict_run(run, bulk.Loading(model, device, dtype, revision, force), files)
+        loading = bulk.Loading(model, device, dtype, revision, force)
+        if run is not None and task is not None:
+            bulk.predict_raft(run, loading, task, files)
+        elif run is not None:
+            bulk.predict_run(run, loading, files)
         else:
             bulk.predict_named(settings, prompt_column, force, files)
+
+
+def _raft_task(run: str | None, folder: str, split: str, out: Path) -> RaftTask:
+    """The task of --raft; refuses what does not go with it."""
+    where = "command line"
+    if run is None:
+        raise ForewordError("--raft and --prompts", where, "name the run that answers the task")
+    if split != "test":
+        raise ForewordError(f"--raft and --split {split}", where, "leave --split out: RAFT wants its test's rows")
+    if out.suffix != ".csv":
+        raise ForewordError(f"RAFT takes a .csv, not '{out.suffix or out.name}'", str(out), "name a .csv file")
+    return read_task(Path(folder).expanduser())

@@ -35,8 +35,13 @@ IN_FLIGHT = 64
 
 
 @contextmanager
-def opened(rows: str, split: str, out: Path, resume: bool, in_flight: int) -> Iterator[Files]:
-    """The rows, once it is sure that their results can be written; upon Ctrl-C, says how to go on."""
+def opened(
+    rows: str, split: str, out: Path, resume: bool, in_flight: int, kept: tuple[str, ...] | None = None
+) -> Iterator[Files]:
+    """The rows, once it is sure that their results can be written; upon Ctrl-C, says how to go on.
+
+    ``kept``: their columns that results begin with; None: all.
+    """
     from rich.console import Console
 
     from foreword.data.sources import read_table
@@ -47,7 +52,7 @@ def opened(rows: str, split: str, out: Path, resume: bool, in_flight: int) -> It
     from foreword.serving.bulk import Files
 
     try:
-        yield Files(table, out, resume, Console(), in_flight)
+        yield Files(table, out, resume, Console(), in_flight, kept)
     except KeyboardInterrupt:
         if partial_of(out).exists():
             again = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from foreword.data.raft import is_task, read_task
 from foreword.errors import ForewordError, nearest
 from foreword.hub_errors import HUB_ID, hub_error
 from foreword.records import Row, Table
@@ -22,7 +23,7 @@ INSTALL_DATASETS = "pip install 'foreword[data]' (brings datasets and pyarrow)"
 
 
 def read_table(path: str, split: str = "train", revision: str | None = None) -> Table:
-    """Reads all rows of a file, a hub data set's split, or ``bundled:NAME``.
+    """Reads all rows of a file, of a split of a hub data set or RAFT task folder, or of ``bundled:NAME``.
 
     Raises:
         ForewordError: no such file, wrong encoding, a malformed line (with its number),
@@ -35,8 +36,11 @@ def read_table(path: str, split: str = "train", revision: str | None = None) -> 
         return _table(*parse_csv(file.read_bytes(), path), origin=f"{path}, split {split}")
     file = Path(path).expanduser()
     reader = READERS.get(file.suffix.lower())
+    if is_task(file):
+        return _read_raft(file, split)
     if file.is_dir():
-        raise ForewordError("the data is a folder, not a file", path, "give one .csv, .jsonl or .parquet file")
+        fix = "give one .csv, .jsonl or .parquet file, or a RAFT task folder, which has a task.json"
+        raise ForewordError("the data is a folder, not a file", path, fix)
     if file.exists():
         if reader is None:
             raise ForewordError(
@@ -178,6 +182,15 @@ def read_hub(name: str, split: str, revision: str | None) -> Table:
         if isinstance(feature, datasets.ClassLabel)
     }
     return _table(tuple(loaded.column_names), list(loaded), f"{name}, split {split}", class_names)
+
+
+def _read_raft(folder: Path, split: str) -> Table:
+    task = read_task(folder)
+    file = task.file(split)
+    columns, rows = parse_csv(_read_bytes(file), str(file))
+    if not rows:
+        raise _empty(str(file))
+    return task.table(columns, rows, split)
 
 
 def _ask_hub(name: str, revision: str | None) -> None:

@@ -17,6 +17,8 @@ from foreword.backbone.generate import Sampling
 from foreword.backbone.load import load_backbone
 from foreword.config import ModelConfig
 from foreword.data.encode import rows_hash
+from foreword.data.raft import RaftTask
+from foreword.data.sources import parse_csv
 from foreword.errors import ForewordError
 from foreword.jobs.load import Foreword, Prediction, load
 from foreword.records import Row, Table
@@ -42,6 +44,7 @@ class Files:
     """Rows read, and where their results go.
 
     ``resume``: go on with what a stopped run left there. ``in_flight``: rows in an engine at once.
+    ``kept``: columns of the rows that results begin with; None: all.
     """
 
     table: Table
@@ -49,6 +52,7 @@ class Files:
     resume: bool
     console: Console
     in_flight: int
+    kept: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,31 @@ TEXT = Shape(("generated",), lambda text: [text])
 
 def predict_run(run: str, loading: Loading, files: Files) -> None:
     """Classifies rows with a run, adapter folder, ensemble or hub adapter."""
+    members = _members(run, loading)
+    shape = single_shape(members[0].task.classes)
+    _predict(_all_of(run, files.table), lambda name: members, members[0], shape, files)
+
+
+def predict_raft(run: str, loading: Loading, task: RaftTask, files: Files) -> None:
+    """Writes RAFT's ``ID,Label`` of a task's test rows, with class names as the task spells them.
+
+    Raises:
+        ForewordError: the run has other classes than the task.
+    """
+    members = _members(run, loading)
+    names = task.spelling(members[0].task.classes, run)
+    shape = Shape((task.label,), lambda p: [names[p.label]])
+    _predict(_all_of(run, files.table), lambda name: members, members[0], shape, files)
+    _, answers = parse_csv(files.out.read_bytes(), str(files.out))
+    task.check_answers(answers, files.table.rows, str(files.out))
+
+
+def _members(run: str, loading: Loading) -> Members:
     folder = Path(run).expanduser()
-    if is_ensemble(folder):
-        first = loading.load(str(read_ensemble(folder)[0]))
-        members = open_members(folder, first.backbone, loading.force)
-    else:
-        first = loading.load(run)
-        members = (first,)
-    _predict(_all_of(run, files.table), lambda name: members, first, single_shape(first.task.classes), files)
+    if not is_ensemble(folder):
+        return (loading.load(run),)
+    first = loading.load(str(read_ensemble(folder)[0]))
+    return open_members(folder, first.backbone, loading.force)
 
 
 def generate_run(run: str, loading: Loading, settings: ServeSettings, sampling: Sampling, files: Files) -> None:
@@ -266,7 +287,7 @@ class Growing:
 
     results: Results
     rows: Iterator[Row]
-    table: Table
+    kept: Sequence[str]
     shape: Shape
     done: int
 
@@ -278,7 +299,7 @@ class Growing:
     def add(self, result: Any) -> None:
         """The next row's result."""
         row = next(self.rows)
-        self.results.add([*(row[c] for c in self.table.columns), *self.shape.values(result)])
+        self.results.add([*(row[c] for c in self.kept), *self.shape.values(result)])
 
 
 @contextmanager
@@ -287,7 +308,8 @@ def _results(
 ) -> Iterator[tuple[Growing, Any]]:
     """The file and a progress bar, for the rows that are still to do; the file is whole when the block ends."""
     table = files.table
-    columns = (*table.columns, *_fresh(shape.columns, table))
+    kept = table.columns if files.kept is None else files.kept
+    columns = (*kept, *_fresh(shape.columns, kept, table.origin))
     job = {**job, "rows": rows_hash(table, table.columns), "columns": columns}
     with open_results(files.out, columns, job, files.resume, unit) as results:
         if results.done:
@@ -295,17 +317,17 @@ def _results(
         rows = islice(table.rows, results.done, None)
         with counting(files.console, title, len(table)) as progress:
             progress(results.done)
-            yield Growing(results, rows, table, shape, results.done), progress
+            yield Growing(results, rows, kept, shape, results.done), progress
         results.finish()
     _say(files.console, f"{len(table)} rows written to {files.out}")
 
 
-def _fresh(columns: Sequence[str], table: Table) -> list[str]:
+def _fresh(columns: Sequence[str], there: Sequence[str], origin: str) -> list[str]:
     """Names for new columns beside those of the rows."""
-    found = [f"predicted_{c}" if c in table.columns else c for c in columns]
-    taken = next((c for c in found if c in table.columns), None)
+    found = [f"predicted_{c}" if c in there else c for c in columns]
+    taken = next((c for c in found if c in there), None)
     if taken is not None:
-        raise ForewordError(f"the rows have a column '{taken}' already", table.origin, "rename it")
+        raise ForewordError(f"the rows have a column '{taken}' already", origin, "rename it")
     return found
 
 
