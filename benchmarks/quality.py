@@ -26,6 +26,7 @@ from quality_contenders import ANSWERS, CONTENDERS, DRAWLESS, Answer, Bench, Job
 from quality_data import DATA, Labelled, by_class, splits
 
 from foreword.backbone.load import choose_device
+from foreword.config import TuneConfig
 from foreword.evaluation.metrics import accuracy, confusion_matrix, macro_f1
 
 CACHE = Path(__file__).parent.parent / "runs" / "quality.jsonl"
@@ -123,8 +124,9 @@ def scores(rows: Sequence[Labelled], said: Sequence[str]) -> dict[str, float]:
 
 
 def pooled(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The facts of the only split; of several, which each have their own, none."""
-    return answers[0].facts if len(answers) == 1 else {}
+    """The facts that the answers of all splits share."""
+    first, *rest = (answer.facts for answer in answers)
+    return {name: value for name, value in first.items() if all(facts[name] == value for facts in rest)}
 
 
 def key(run: Run) -> tuple[Any, ...]:
@@ -160,17 +162,20 @@ def published(folder: Path) -> list[dict[str, Any]]:
 def write(args: argparse.Namespace) -> Path:
     """All that is known as a dated file, which replaces the one it goes on from on the same day only."""
     runs = {key(run): run for run in (*published(args.out), *read(args.cache))}
-    sets = {
-        name: {"template": d.template, "guide_text": d.instruction, "label_words": dict(d.words) or "the labels"}
-        for name, d in DATA.items()
-    }
-    device = choose_device("auto")
     order = {name: i for i, name in enumerate(a for names in ANSWERS.values() for a in names)}
     ranked = sorted(
         runs.values(), key=lambda r: (list(DATA).index(r["data"]), r["size"], order[r["contender"]], r["seed"])
     )
-    result = results.facts(device) | {"kind": "quality", "data": sets, "runs": ranked}
-    return results.write(result, args.out)
+    facts = results.facts(choose_device("auto"))
+    return results.write(facts | {"kind": "quality", "data": described(), "runs": ranked}, args.out)
+
+
+def described() -> dict[str, Any]:
+    """What each data set is and how its rows are written, for the page."""
+    return {
+        name: {"rows": d.note, "template": d.template, "guide_text": d.instruction, "label_words": dict(d.words)}
+        for name, d in DATA.items()
+    }
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -187,8 +192,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget-minutes", type=float, default=0, help="begin nothing after so many; 0: no limit")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--few-shot-tokens", type=int, default=1024)
-    parser.add_argument("--tune-minutes", type=float, default=10.0)
-    parser.add_argument("--tune-members", type=int, default=8)
+    parser.add_argument("--tune-minutes", type=float, default=TuneConfig().minutes)
+    parser.add_argument("--tune-members", type=int, default=TuneConfig().members)
     parser.add_argument("--again", action="store_true", help="measure again what is known")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=results.FOLDER)

@@ -22,7 +22,7 @@ import foreword
 from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import choose_layout
 from foreword.backbone.load import Backbone, load_backbone
-from foreword.config import DataConfig, ModelConfig, PromptConfig, Recipe, TrainConfig
+from foreword.config import DataConfig, ModelConfig, PromptConfig, Recipe, TrainConfig, TuneConfig
 from foreword.data.encode import Encoder
 from foreword.data.sources import rows_table
 from foreword.data.template import parse
@@ -43,9 +43,9 @@ class Bench:
 
     model: str
     few_shot_tokens: int = 1024
-    minutes: float = 10.0
+    minutes: float = TuneConfig().minutes
     """Time of one ``foreword tune``."""
-    members: int = 8
+    members: int = TuneConfig().members
     """Members of its ensemble."""
     guide_epochs: int = GUIDE_EPOCHS
     train: Mapping[str, Any] = field(default_factory=dict)

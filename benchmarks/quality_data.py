@@ -28,6 +28,8 @@ class DataSet:
     """The text the guide's recipe starts from, in the manner of the guide."""
     sizes: tuple[str, ...]
     """Numbers of training rows; ``ALL``; ``CROSS_VALIDATED``."""
+    note: str
+    """Which rows these are, in words."""
     words: Mapping[str, str] = field(default_factory=dict)
     """Label words where the file's own label is not one."""
     columns: tuple[str, str] = ("text", "label")
@@ -35,22 +37,30 @@ class DataSet:
 
 DATA: dict[str, DataSet] = {
     "sst2": DataSet(
-        "sst2", "Review : {text} Sentiment :", "Classify if the review is positive or negative:", ("32", ALL)
+        "sst2", "Review : {text} Sentiment :", "Classify if the review is positive or negative:", ("32", ALL),
+        "the published split, whole sentences",
     ),
-    "trec": DataSet("trec", "Question : {text} Type :", "Classify the type of the question:", ("96", ALL)),
+    "trec": DataSet(
+        "trec", "Question : {text} Type :", "Classify the type of the question:", ("96", ALL),
+        "the published split, coarse types by their full names",
+    ),
     "subj": DataSet(
-        "subj", "Sentence : {text} Kind :", "Classify if the sentence is subjective or objective:", ("32",)
+        "subj", "Sentence : {text} Kind :", "Classify if the sentence is subjective or objective:", ("32",),
+        "no published split: one row in five is test, by a hash of its text",
     ),
     "ag_news": DataSet(
         "ag_news", "News : {text} Topic :", "Classify the topic of the news:", ("64",),
+        "the published test; draws from 5,614 of the training rows",
         {"Business": "business", "Sci/Tech": "technology", "Sports": "sports", "World": "world"},
     ),
     "clinc150_domain": DataSet(
-        "clinc150_domain", "Request : {text} Domain :", "Classify the domain of the request:", ("160",)
+        "clinc150_domain", "Request : {text} Domain :", "Classify the domain of the request:", ("160",),
+        "the published split, the ten domains as classes",
     ),
     "raft_complaints": DataSet(
         "raft/twitter_complaints", "Tweet text : {text} Label :", "Classify if the tweet is a complaint or not:",
-        (CROSS_VALIDATED,), columns=("Tweet text", "Label"),
+        (CROSS_VALIDATED,), "RAFT's 50 labelled rows; the labels of its test are hidden",
+        columns=("Tweet text", "Label"),
     ),
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ Contenders:
   after a space of its own. Scored by label words like the others. Rows are not cut to 64 tokens, which
   would lose the labels of long ones. *Foreword's engine*: the same hyperparameters and tokens in Foreword's loop.
 - **`foreword train`**: the defaults. **`foreword tune`**: what it finds in the stated time; *expected* is the score
-  it states before it has seen any test row, *covered* how often the interval it states held the test score.
+  it states without having seen a test row, *covered* how often the interval it states held the test score.
 """
 
 
@@ -129,7 +129,8 @@ def _block(data: str, size: str, runs: Sequence[Run]) -> Iterator[str]:
     for name, title in NAMES.items():
         mine = _of(runs, name)
         if mine:
-            yield f"| {' | '.join([title, *_cells(mine)])} |"
+            minutes = f", {mine[0]['minutes']:g} minutes" if "minutes" in mine[0] else ""
+            yield f"| {' | '.join([title + minutes, *_cells(mine)])} |"
         elif name != "guide-peft":
             yield f"| {title} | 0 | | {MISSING} | {MISSING} | | | |"
 
@@ -174,14 +175,13 @@ def covered(runs: Sequence[Run], metric: str) -> str:
 
 
 def _templates(result: Mapping[str, Any]) -> Iterator[str]:
-    yield "## Templates and label words"
+    yield "## Data, templates and label words"
     yield ""
-    yield "| data | template | label words | text of the guide's recipe |"
-    yield "|---|---|---|---|"
+    yield "| data | template | label words | text of the guide's recipe | rows |"
+    yield "|---|---|---|---|---|"
     for name, facts in result["data"].items():
-        words = facts["label_words"]
-        named = words if isinstance(words, str) else ", ".join(words.values())
-        yield f"| {name} | `{facts['template']}` | {named} | {facts['guide_text']} |"
+        words = ", ".join(facts["label_words"].values()) or "the labels themselves"
+        yield f"| {name} | `{facts['template']}` | {words} | {facts['guide_text']} | {facts['rows']} |"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from conftest import write_csv
 WORDS = ("parcel", "invoice", "reply", "tweet", "fox", "dog", "praise", "quick")
 TOY = DataSet(
     "toy", "Tweet text : {text} Label :", "Classify if the tweet is a complaint or not:", ("4", ALL, CROSS_VALIDATED),
-    {"c": "complaint", "n": "no complaint"},
+    "made up", {"c": "complaint", "n": "no complaint"},
 )  # fmt: skip
 CHEAP = ["majority", "tfidf", "zero-shot", "few-shot"]
 
@@ -204,15 +204,19 @@ def test_the_page_gives_intervals_coverage_verdicts_and_gaps() -> None:
         return {m: {"value": 0.85, "interval": [low, high]} for m in ("accuracy", "macro_f1")}
 
     runs = [run_of("tfidf", s, a) for s, a in enumerate((0.5, 0.6, 0.7))]
-    runs += [run_of("tune-ensemble", s, 0.86, expected=expected(lo, 0.9)) for s, lo in enumerate((0.8, 0.87))]
+    runs += [
+        run_of("tune-ensemble", s, 0.86, minutes=20.0, expected=expected(lo, 0.9)) for s, lo in enumerate((0.8, 0.87))
+    ]
     runs += [run_of("default", 0, 0.8), run_of("default", 1, 0.99, test_rows=300)]
-    result = {"runs": runs, "versions": {"torch": "2"}, "file": "x.json", "data": {}}
+    result = {"runs": runs, "versions": {"torch": "2"}, "file": "x.json", "data": quality.described()}
     page = quality_table.page(result)
     assert "## SmolLM2-135M-Instruct, dequantised from Q4_1" in page
     assert "| TF-IDF + logistic regression | 3 | 32 / 1821 | 0.600 ± 0.248 [0.500, 0.700] |" in page
     assert "| 0.850 | accuracy 1 of 2, macro-F1 1 of 2 | 10 |" in page
     assert "| sst2, 32 | accuracy | 0.85 | 0.90 | 0.800 **missed** | not measured | 0.860 must met |" in page
     assert "| **`foreword train`**, defaults | 1 | 32 / 1821 | 0.800 | 0.800 |" in page  # the most test rows
+    assert "tune`**, ensemble, 20 minutes | 2 |" in page
+    assert "| ag_news | `News : {text} Topic :` | business, technology, sports, world |" in page
     assert "| backbone, zero-shot | 0 | | not measured | not measured | | | |" in page
 
 
