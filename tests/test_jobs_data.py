@@ -30,6 +30,13 @@ def test_held_out_validation_and_training_rows_are_three_separate_sets() -> None
     assert "4 rows held out" in found.protocol
 
 
+def test_the_protocol_says_when_held_out_inputs_were_also_trained_on() -> None:
+    assert "also trained on" not in splits(eval_fraction=0.2).protocol
+    rows = [{"text": f"row {i % 2}", "label": f"target {i}"} for i in range(20)]
+    config = DataConfig(path="memory", text="text", label="label", task="generate", eval_fraction=0.2)
+    assert read_splits(config, rows).protocol.endswith(", 4 of which were also trained on")
+
+
 def test_validation_rows_stand_in_no_fold() -> None:
     found = splits(folds=4, validation_fraction=0.2)
     for keep, out in found.folds:

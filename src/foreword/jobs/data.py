@@ -56,6 +56,7 @@ def read_splits(
         keep, out = hold_out(labels, config.eval_fraction, config.seed)
         train, held_out = table.pick(keep), table.pick(out)
         protocol = f"{len(out)} rows held out of {file_name(table.origin)} (seed {config.seed})"
+        protocol += _overlap(held_out, train, columns)  # data-to-text sets repeat their inputs
         labels = [labels[i] for i in keep]
     validation = None
     if config.validation_fraction:
