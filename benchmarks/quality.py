@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import results
 from quality_contenders import ANSWERS, CONTENDERS, DRAWLESS, Answer, Bench, Job
-from quality_data import DATA, Labelled, by_class, splits
+from quality_data import DATA, Labelled, Split, by_class, splits
 
 from foreword.backbone.load import choose_device
 from foreword.config import TuneConfig
 from foreword.evaluation.metrics import accuracy, confusion_matrix, macro_f1
 
 CACHE = Path(__file__).parent.parent / "runs" / "quality.jsonl"
-KEY = ("data", "size", "seed", "contender", "model", "test_subset")
+KEY = ("data", "size", "seed", "contender", "model", "test_rows")
 """What a result is known by: measured again, it takes the older one's place."""
 Run = Mapping[str, Any]
 
@@ -59,13 +59,15 @@ def measure_all(bench: Bench, args: argparse.Namespace) -> None:
     known = set() if args.again else {key(run) for run in (*published(args.out), *read(args.cache))}
     model, ends = results.data_name(args.model), time.monotonic() + 60 * (args.budget_minutes or math.inf)
     for cell in cells(args):
-        wanted = [(cell.data, cell.size, cell.seed, a, model, args.test_rows) for a in ANSWERS[cell.contender]]
+        parts = splits(DATA[cell.data], args.data, cell.size, cell.seed, args.test_rows)
+        scored = sum(len(part.test) for part in parts)
+        wanted = [(cell.data, cell.size, cell.seed, a, model, scored) for a in ANSWERS[cell.contender]]
         if all(w in known for w in wanted):
             continue
         if time.monotonic() > ends:
             print("time is up: the same command goes on", flush=True)
             return
-        for run in measure(bench, cell, args.data, args.test_rows):
+        for run in measure(bench, cell, parts):
             append(args.cache, run)
             print(f"{cell.data} {cell.size} seed {cell.seed} {run['contender']}: {run['accuracy']:.3f}", flush=True)
 
@@ -84,24 +86,22 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
                         yield Cell(data, size, 0, name)
 
 
-def measure(bench: Bench, cell: Cell, root: Path, test_rows: int) -> list[dict[str, Any]]:
+def measure(bench: Bench, cell: Cell, parts: Sequence[Split]) -> list[dict[str, Any]]:
     """Trains and scores one cell: summary numbers only, of each of the contender's answers.
 
     Cross-validated rows are pooled over the folds before they are scored.
     """
-    parts = splits(DATA[cell.data], root, cell.size, cell.seed, test_rows)
     began = time.monotonic()
     answers = []
     for part in parts:
         with tempfile.TemporaryDirectory() as folder:
             job = Job(bench, DATA[cell.data], part, cell.seed, Path(folder))
             answers.append(CONTENDERS[cell.contender](job))
-    shared = dataclasses.asdict(cell) | {
-        "model": results.data_name(bench.model), "test_subset": test_rows, "train_rows": len(parts[0].train),
-        "test_rows": sum(len(p.test) for p in parts), "seconds": round(time.monotonic() - began, 1),
-        **where(bench.model),
-    }  # fmt: skip
     truth = [row for part in parts for row in part.test]
+    shared = dataclasses.asdict(cell) | {
+        "model": results.data_name(bench.model), "train_rows": len(parts[0].train), "test_rows": len(truth),
+        "seconds": round(time.monotonic() - began, 1), **where(),
+    }  # fmt: skip
     return [
         shared | {"contender": name} | scores(truth, [label for a in answers for label in a[name].labels])
         | pooled([a[name] for a in answers])
@@ -109,7 +109,7 @@ def measure(bench: Bench, cell: Cell, root: Path, test_rows: int) -> list[dict[s
     ]  # fmt: skip
 
 
-def where(model: str) -> dict[str, Any]:
+def where() -> dict[str, Any]:
     """Day and machine of a result: cells may come from several."""
     facts = results.facts(choose_device("auto"))
     return {"date": facts["date"], "machine": facts["machine"], "foreword": facts["versions"]["foreword"]}

@@ -193,7 +193,7 @@ def test_tune_answers_for_its_ensemble_and_its_best_member(measure: Any, monkeyp
 def run_of(contender: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     """A result as the benchmark keeps it."""
     return {
-        "data": "sst2", "size": "32", "seed": seed, "contender": contender, "model": "smollm2-135m", "test_subset": 0,
+        "data": "sst2", "size": "32", "seed": seed, "contender": contender, "model": "smollm2-135m",
         "train_rows": 32, "test_rows": 1821, "seconds": 10.0, "date": "2026-01-01",
         "machine": {"cpu": "a processor", "threads": 1, "arch": "x"}, "accuracy": accuracy, "macro_f1": accuracy,
     } | more  # fmt: skip
