@@ -75,6 +75,10 @@ class VllmHttpConfig:
     """Seconds between two looks at its health; so long, too, it may take to answer (a second at least)."""
 
 
+SILENT_LOOKS = 3
+"""Looks without an answer in time after which a server counts as gone: a busy one answers late."""
+
+
 def make(config: Mapping[str, Any]) -> VllmHttpEngine:
     """The engine of a worker, from its configuration as JSON."""
     return VllmHttpEngine(VllmHttpConfig(**config))
@@ -166,10 +170,13 @@ class VllmHttpEngine:
             await self._server.close()
 
     async def _watch(self) -> None:
-        """Looks after the server's health: requests of one that is gone end at once."""
+        """Looks after the server's health: requests of one that is gone end at once, of a silent one a little later."""
+        silent = 0
         while True:
             await asyncio.sleep(self.config.beat)
-            self._up = await self._server.healthy()
+            healthy = await self._server.healthy()
+            silent = silent + 1 if healthy is None else 0
+            self._up = bool(healthy) or (self._up and 0 < silent < SILENT_LOOKS)
             if not self._up:
                 self._end_all(EngineDown("the vLLM server does not answer"))
 

@@ -34,11 +34,14 @@ class VllmServer:
         """Closes the connections."""
         await self._client.aclose()
 
-    async def healthy(self) -> bool:
-        """Whether it answers and says that its engine runs."""
-        with suppress(httpx.HTTPError):
+    async def healthy(self) -> bool | None:
+        """Whether it answers and says that its engine runs; None where no answer came in time."""
+        try:
             return (await self._client.get("/health", timeout=self._beat)).status_code == 200
-        return False
+        except httpx.TimeoutException:
+            return None
+        except httpx.HTTPError:
+            return False
 
     def give_up(self) -> None:
         """Ends the questions that wait for an answer."""
