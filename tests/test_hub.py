@@ -211,7 +211,7 @@ def test_a_pushed_run_loads_by_its_hub_id_and_predicts_the_same(hub: HubServer, 
 
 def test_only_the_files_that_make_the_adapter_are_shared(hub: HubServer, client: Client, run: Path) -> None:
     kept_back = {p.name for p in run.iterdir()} - SHARED
-    assert {"metrics.jsonl", "checkpoint.safetensors"} <= kept_back, "else the test shows nothing"
+    assert {"metrics.jsonl", "checkpoint.safetensors", "report.html"} <= kept_back, "else the test shows nothing"
     assert client.cli("push", run, "user/files").code == 0
     pushed = hub.repos["models/user/files"]
     assert {k: v for k, v in pushed.commits[pushed.refs["main"]].items() if k != ".gitattributes"} == {

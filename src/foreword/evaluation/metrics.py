@@ -48,12 +48,17 @@ def macro_f1(confusion: Ints) -> float:
 
 def calibration_error(truth: Ints, probabilities: Floats) -> float:
     """Expected calibration error of the predicted class's probability."""
+    counts, confidence, correct = reliability(truth, probabilities)
+    return float(np.abs((confidence - correct)[counts > 0]).sum() / len(truth))
+
+
+def reliability(truth: Ints, probabilities: Floats) -> tuple[Ints, Floats, Floats]:
+    """Bin by bin ``[BINS]``: rows, the sum of the predicted class's probabilities, and rows that were right."""
     confidence = probabilities.max(1)
-    correct = probabilities.argmax(1) == truth
+    correct = (probabilities.argmax(1) == truth).astype(float)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    gap = np.bincount(bins, confidence - correct, minlength=BINS)
-    return float(np.abs(gap[counts > 0]).sum() / len(truth))
+    counts, said, right = (np.bincount(bins, w, BINS).astype(float) for w in (None, confidence, correct))
+    return counts.astype(np.int64), said, right
 
 
 def bootstrap(n: int, statistic: Callable[[Ints], Any], seed: int = 0) -> Floats:

@@ -26,6 +26,7 @@ from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.fewshot import FewShot, few_shot
 from foreword.jobs.prepare import first_method, instruction, make_encoder, memory_explained, settle_tokens
+from foreword.jobs.report import Scored, write_report
 from foreword.jobs.training import Trained, say, train_in, validator
 from foreword.prompts.initialisers import parse_init
 from foreword.prompts.methods.base import Method
@@ -34,6 +35,7 @@ from foreword.prompts.methods.registry import METHODS, find, with_rates
 from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
+from foreword.report.facts import Spread, Trial
 from foreword.training.engine import choose_engine
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
@@ -78,6 +80,7 @@ def run(
         mark_started(recipe, splits.data_hash, out)
         trained = job.train()
         job.write(trained, job.score(trained))
+        job.report(trained)
     return job.backbone
 
 
@@ -95,6 +98,7 @@ class _Job:
         self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
         self.backbone: Backbone = load_backbone(recipe.model)
         self.few_shot: FewShot | None = None
+        self.scored: Scored | None = None
         self.prompt = self._settle_prompt()
         kind = METHODS[self.prompt.method].kind
         self.encoder: Encoder = make_encoder(splits.task, self.backbone, self.prompt.virtual_tokens, kind)
@@ -119,11 +123,14 @@ class _Job:
         task, label_ids, layout = self.splits.task, self.encoder.label_ids, self.layout.score
         if self.splits.folds:
             outcome = self._cross_validate()
-            rows = [self.examples[i] for _, out in self.splits.folds for i in out]
+            order = [i for _, out in self.splits.folds for i in out]
+            rows, table = [self.examples[i] for i in order], self.splits.train.pick(order)
         else:
-            rows = self.held_out
+            assert self.splits.held_out is not None
+            rows, table = self.held_out, self.splits.held_out
             with counting(self.console, "scoring", len(rows)) as progress:
                 outcome = run_rows(self.backbone, trained.kept, rows, label_ids, layout, progress)
+        self.scored = Scored(rows, table.rows, outcome, label_ids, trained_on=bool(self.splits.folds))
         with counting(self.console, "baseline", len(rows)) as progress:
             plain = run_plain(self.backbone, rows, label_ids, layout, progress)
         scores = with_baselines(outcome, plain, self._label_counts(), task.classes, self.splits.protocol)
@@ -142,6 +149,26 @@ class _Job:
             for k, state in enumerate(population.states):
                 self._write_adapter(self.out / MEMBERS / f"{k:02}", state, trained.figures, {})
         self._write_adapter(self.out, population.states[population.best], trained.figures, scores)
+
+    def report(self, trained: Trained) -> None:
+        """``report.html``; the run is whole before it."""
+        population = trained.population
+        start = self.methods[population.best].soft_prompt()
+        with counting(self.console, "report", None):
+            write_report(
+                self.out, self.backbone, trained.kept, self.layout.score, start, self.scored,
+                self._spread(population), population.best,
+            )  # fmt: skip
+
+    def _spread(self, population: Population) -> Spread:
+        """The population's members, by what the best was chosen."""
+        by, sign = self._merit
+        trials: list[Trial] = [
+            {"init": s.member.init, "lr": s.member.lr, "seed": s.member.seed, "method": self.prompt.method,
+             "virtual_tokens": self.prompt.virtual_tokens, "score": sign * s.merit, "kept": k == population.best}
+            for k, s in enumerate(population.states)
+        ]  # fmt: skip
+        return Spread(trials, by, lower=sign < 0)
 
     def _write_adapter(self, out: Path, state: State, figures: dict[str, Any], scores: dict[str, Any]) -> None:
         recipe, backbone, member, kept = self.recipe, self.backbone, state.member, state.kept
@@ -244,14 +271,19 @@ class _Job:
 
     def _introduce_members(self, population: Population) -> None:
         """What each member was and how it did, and by what the best was chosen."""
-        by = "training loss of the last epoch"
-        if self.validation and self.recipe.train.select != "last":
-            by = f"validation {self.recipe.train.select}"
+        by, sign = self._merit
         for k, state in enumerate(population.states):
             mark = " (kept)" if k == population.best else ""
-            value = -state.merit if by.endswith(("loss", "epoch")) else state.merit
-            line = f"member {k:02} {state.member}: {by} {value:.4f}{mark}"
+            line = f"member {k:02} {state.member}: {by} {sign * state.merit:.4f}{mark}"
             say(self.console, line)
+
+    @property
+    def _merit(self) -> tuple[str, int]:
+        """What members were compared by, and the sign that a merit takes to be that."""
+        select = self.recipe.train.select
+        if self.validation and select != "last":
+            return f"validation {select}", -1 if select == "loss" else 1
+        return "training loss of the last epoch", -1
 
 
 def check_names(recipe: Recipe) -> None:
