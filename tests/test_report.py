@@ -169,7 +169,7 @@ def test_the_page_of_a_population(runs: dict[str, Path]) -> None:
 def test_the_page_of_a_prefix(runs: dict[str, Path]) -> None:
     found = read(runs["prefix"])
     assert "nearest by cosine" not in found.texts["th"]
-    assert {"moved (L2)", "loss change", "accuracy change"} <= set(found.texts["th"])
+    assert {"moved", "loss change", "accuracy change"} <= set(found.texts["th"])
     assert any(p.startswith("Keys and values have no nearest words") for p in found.texts["p"])
 
 
@@ -211,7 +211,7 @@ def test_moved_is_the_distance_from_the_start() -> None:
     values = torch.eye(2, tiny.HIDDEN) * 3
     start = torch.eye(2, tiny.HIDDEN)
     tokens = describe(tiny.backbone(), SoftPrompt(values), SoftPrompt(start))
-    assert [(t.norm, t.moved, t.moved_share) for t in tokens] == [(3.0, 2.0, 2.0)] * 2
+    assert [(t.moved, t.moved_share) for t in tokens] == [(2.0, 2.0)] * 2
     assert describe(tiny.backbone(), SoftPrompt(values), None)[0].moved is None
 
 
@@ -232,6 +232,7 @@ def test_leave_one_out_is_the_smaller_soft_prompt(runs: dict[str, Path], name: s
     whole = evaluated([0, 1, 2, 3])
     assert found.loss == pytest.approx(whole["loss"], abs=1e-4)
     for k in range(4):
+        assert found.loss_interval[k][0] <= found.loss_change[k] <= found.loss_interval[k][1]
         less = evaluated([i for i in range(4) if i != k])
         assert found.loss_change[k] == pytest.approx(less["loss"] - whole["loss"], abs=2e-4)
         if name != "writer":
@@ -248,12 +249,12 @@ def test_rows_left_out_are_of_every_class() -> None:
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(args[2])
-        return {"loss": 0.0, "accuracy": 0.0}
+        return np.zeros(len(args[2])), np.ones(len(args[2]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("foreword.jobs.virtual._judged", spy)
         leave_one_out(backbone, SoftPrompt(torch.zeros(4, tiny.HIDDEN)), examples, ((5, 0), (6, 0)), "rows")
-    assert [e.label for e in seen[0]] == [0] * 10 + [1] * 10
+    assert [e.label for e in seen[0]] == [0] * 5 + [1] * 5
     assert len(seen) == 5
 
 
@@ -261,7 +262,7 @@ def test_rows_left_out_are_of_every_class() -> None:
 def test_leave_one_out_costs_about_what_scoring_did(scored: int, tokens: int) -> None:
     rows = rows_read(scored, tokens, "cpu")
     assert 1 <= rows <= min(scored, 100)
-    assert rows * tokens <= max(2 * scored, 8 * tokens)
+    assert rows * tokens <= max(scored, 8 * tokens)
 
 
 @given(st.integers(0, 500), st.integers(1, 100))
@@ -386,10 +387,10 @@ def facts_of(text: str) -> ReportFacts:
     sidecar = Sidecar(task, {"name": text}, scores, {"method": text, text: text}, {text: text})
     near = [(text, 0.5)] * 3
     return ReportFacts(
-        text, sidecar, "rows", [VirtualToken(near, near, 1.0, 0.5, 0.5)],
+        text, sidecar, "rows", [VirtualToken(near, near, 0.5, 0.5)],
         Curves([[(1, 2.0), (2, 1.0)]], {text: [[(1, 0.5)]]}),
         wrong=[WrongRow(1, text, text, text, 0.1, 0.9)], wrong_count=1, samples=[Sample(1, text, text, text, 1.0)],
-        left_out=LeftOut(2, 2, 1.0, 0.5, {0: 0.1}, {0: 0.0}),
+        left_out=LeftOut(2, 2, 1.0, 0.5, {0: 0.1}, {0: (0.0, 0.2)}, {0: 0.0}),
         spread=Spread([{"init": text, "lr": 0.1, "score": 0.5}, {"init": text, "lr": 0.2, "score": 0.6}], text),
         recipe=text, changed={text: text},
     )  # fmt: skip

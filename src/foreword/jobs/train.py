@@ -36,6 +36,7 @@ from foreword.recipe import RECIPE, as_dict, load_recipe, to_yaml
 from foreword.records import Example, Row, Segment
 from foreword.report.card import model_card
 from foreword.report.facts import Spread, Trial
+from foreword.report.page import REPORT
 from foreword.training.engine import choose_engine
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
@@ -154,7 +155,7 @@ class _Job:
         """``report.html``; the run is whole before it."""
         population = trained.population
         start = self.methods[population.best].soft_prompt()
-        with counting(self.console, "report", None):
+        with counting(self.console, REPORT, None):
             write_report(
                 self.out, self.backbone, trained.kept, self.layout.score, start, self.scored,
                 self._spread(population), population.best,

@@ -142,11 +142,13 @@ def legend(names: Sequence[str]) -> Markup:
     return el("ul", *items, class_="legend")
 
 
-def bar_chart(values: Mapping[int, float], x_title: str, y_title: str) -> Markup:
-    """A bar for each virtual token, up or down from 0; tokens are counted from 1 as in the table."""
+def bar_chart(
+    values: Mapping[int, float], intervals: Mapping[int, tuple[float, float]], x_title: str, y_title: str
+) -> Markup:
+    """A bar with its interval for each virtual token, up or down from 0; tokens are counted from 1 as in the table."""
     first, last = min(values) + 1, max(values) + 1
     x = Scale(first - 0.7, last + 0.7, LEFT, WIDTH - RIGHT)
-    y = upward([0.0, *values.values()], pad=0.08)
+    y = upward([0.0, *values.values(), *itertools.chain(*intervals.values())], pad=0.08)
     wide = max(min(28.0, 0.7 * (x(2) - x(1))), 2.0)
     bars = []
     for i, value in values.items():
@@ -158,6 +160,10 @@ def bar_chart(values: Mapping[int, float], x_title: str, y_title: str) -> Markup
                 class_="bar" if value >= 0 else "bar less",
             )
         )  # fmt: skip
+    lines = [
+        el("line", x1=x(i + 1), x2=x(i + 1), y1=y(low), y2=y(high), class_="range")
+        for i, (low, high) in intervals.items()
+    ]
     ticks = [t for t in x.ticks if t == int(t) and first <= t <= last]
     zero = el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y(0), y2=y(0), class_="axis")
-    return chart(f"{y_title} by {x_title}", frame(x, y, x_title, y_title, ticks), *bars, zero)
+    return chart(f"{y_title} by {x_title}", frame(x, y, x_title, y_title, ticks), *bars, *lines, zero)

@@ -68,7 +68,6 @@ class VirtualToken:
 
     by_cosine: Sequence[Near] = ()
     by_distance: Sequence[Near] = ()
-    norm: float = 0.0
     moved: float | None = None
     """L2 distance from its start."""
     moved_share: float | None = None
@@ -86,6 +85,8 @@ class LeftOut:
     accuracy: float | None
     loss_change: Mapping[int, float]
     """By virtual token, counted from 0: loss without it less loss with all."""
+    loss_interval: Mapping[int, tuple[float, float]]
+    """Its 95 % bootstrap interval over the rows read."""
     accuracy_change: Mapping[int, float]
     trained_on: bool = False
     """Whether the soft prompt was trained on these rows (cross-validation)."""

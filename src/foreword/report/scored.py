@@ -8,7 +8,7 @@ from typing import Any
 from foreword.report.card import rows_scored
 from foreword.report.charts import Marks, reliability_chart, row_chart
 from foreword.report.facts import ReportFacts
-from foreword.report.markup import Child, Markup, el, section, shortened, table
+from foreword.report.markup import Child, Markup, el, joined, section, shortened, table
 
 NAMES = {
     "start": "before the first step", "full_text": "full text", "zero_shot": "zero-shot", "majority": "majority class",
@@ -148,14 +148,18 @@ def errors(facts: ReportFacts) -> Markup | None:
     if not facts.wrong:
         return section("Worst errors", el("p", "No scored row got a wrong class."))
     rows = [
-        [r.number, shortened(r.text, TEXT), shortened(r.truth, 60), f"{r.p_truth:.3f}", shortened(r.said, 60),
-         f"{r.p_said:.3f}"]
+        [r.number, shortened(r.text, TEXT), _with_probability(r.truth, r.p_truth), _with_probability(r.said, r.p_said)]
         for r in facts.wrong
-    ]  # fmt: skip
-    head = ["row", "text", "true class", "its probability", "said", "its probability"]
-    shown = "all" if len(rows) == facts.wrong_count else f"the {len(rows)}"
-    note = f"{shown} of {facts.wrong_count} wrong rows, those with the highest probability of a wrong class first."
-    return section("Worst errors", table(head, rows, "stack", numbers=(3, 5), wide=(1,)), note=_sentence(note))
+    ]
+    head = ["row", "text", "true class", "said"]
+    shown = "All" if len(rows) == facts.wrong_count else f"The {len(rows)}"
+    note = f"{shown} of {facts.wrong_count} wrong rows, those with the highest probability of a wrong class first. "
+    note += "Beside each class its probability."
+    return section("Worst errors", table(head, rows, "stack", wide=(1,)), note=note)
+
+
+def _with_probability(name: str, probability: float) -> Markup:
+    return joined([shortened(name, 60), " ", el("small", f"{probability:.3f}")])
 
 
 def samples(facts: ReportFacts) -> Markup | None:
@@ -171,7 +175,3 @@ def samples(facts: ReportFacts) -> Markup | None:
     note += "Loss: of the (first) target, nats a token."
     head = ["row", "text", "target", "it wrote", "loss"]
     return section("Samples", table(head, rows, "stack", numbers=(4,), wide=(1, 2, 3)), note=note)
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

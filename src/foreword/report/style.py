@@ -69,7 +69,7 @@ td.wide { overflow-wrap: anywhere; min-width: 12rem; }
   vertical-align: middle; background: color-mix(in srgb, var(--accent) var(--share), var(--faint)); }
 .heat td.wrong { background: color-mix(in srgb, var(--warm) var(--share), var(--faint)); }
 .heat td.hot { color: var(--surface); }
-.near { display: inline-flex; gap: .375rem; align-items: baseline; margin: 0 .75rem 0 0; white-space: nowrap; }
+.near { display: flex; gap: .375rem; align-items: baseline; white-space: nowrap; margin-right: .75rem; }
 .near code { background: var(--faint); border-radius: .25rem; padding: 0 .3125rem; white-space: pre; max-width: 12rem;
   overflow: hidden; text-overflow: ellipsis; }
 .chart { display: block; width: 100%; max-width: 34rem; height: auto; font: 12px system-ui, sans-serif; }
@@ -90,6 +90,7 @@ path.faint { stroke: var(--accent); stroke-width: 1; opacity: .3; }
 .dot.soft { fill-opacity: .75; stroke: var(--surface); }
 .whisker { stroke: var(--muted); stroke-width: 2.5; opacity: .7; stroke-linecap: round; }
 .whisker.strong { stroke: var(--accent); opacity: 1; }
+.range { stroke: var(--ink); stroke-width: 1.25; opacity: .6; }
 .bar { fill: var(--accent); } .bar.less { fill: var(--warm); }
 .dot.colour0 { fill: var(--c0); } .dot.colour1 { fill: var(--c1); } .dot.colour2 { fill: var(--c2); }
 .dot.colour3 { fill: var(--c3); } .dot.colour4 { fill: var(--c4); } .dot.colour5 { fill: var(--c5); }
@@ -112,6 +113,7 @@ path.faint { stroke: var(--accent); stroke-width: 1; opacity: .3; }
     border-bottom: 1px solid var(--line); }
   .stack tr:last-child { border-bottom: 0; padding-bottom: 0; }
   .stack th, .stack td { border: 0; padding: 0; text-align: left; white-space: normal; min-width: 0; }
+  .near { display: inline-flex; }
   .stack td:empty { display: none !important; }
   .stack th, .stack td.wide { flex: 1 0 100%; }
   .stack th { overflow-wrap: anywhere; font-weight: 650; }

@@ -48,16 +48,16 @@ def virtual_tokens(facts: ReportFacts) -> Markup:
     """What lies nearest to each virtual token, how far it went, and what it is worth."""
     left = facts.left_out
     rows_kind = facts.kind == "rows"
-    head = ["token", *(["nearest by cosine", "nearest by L2 distance"] if rows_kind else []), "norm", "moved (L2)",
-            "moved (of start)", *(["loss change"] if left else []),
-            *(["accuracy change"] if left and left.accuracy_change else [])]  # fmt: skip
+    head = ["token", *(["nearest by cosine", "nearest by L2 distance"] if rows_kind else []), "moved"]
+    head += ["loss change"] if left else []
+    head += ["accuracy change"] if left and left.accuracy_change else []
     rows = [_token_row(i, token, rows_kind, left) for i, token in enumerate(facts.tokens)]
     body = table(head, rows, "stack", range(3 if rows_kind else 1, len(head)), (1, 2) if rows_kind else ())
     return section("Virtual tokens", *_worth(left, facts), body, note=_token_note(facts))
 
 
 def _token_note(facts: ReportFacts) -> str:
-    moved = "Moved: distance from where training began, also as a share of the norm there."
+    moved = "Moved: L2 distance from where training began, in brackets as a share of the norm there."
     if facts.kind == "prefix":
         return f"Keys and values have no nearest words in the vocabulary. {moved}"
     return f"In each row the three vocabulary tokens whose embeddings lie nearest; · is a space. {moved}"
@@ -74,13 +74,16 @@ def _worth(left: LeftOut | None, facts: ReportFacts) -> list[Markup]:
     chosen = f"all {left.rows}" if left.rows == left.scored else f"{left.rows} evenly chosen of {left.scored}"
     said = (
         f"Leave one out: {which} virtual tokens was dropped alone and {chosen} scored rows were read again. "
-        f"{with_all}. A bar upwards: without the token the loss is higher, so it helps."
+        f"{with_all}. A bar upwards: without the token the loss is higher, so it helps. "
+        "Lines and brackets: 95 % bootstrap intervals over the rows read."
     )
     if left.trained_on:
         said += " The soft prompt was trained on these rows: the run was scored by cross-validation."
     if facts.kind == "prefix":
         said += " A dropped token's keys and values are gone from every layer; the others keep their places."
-    bars = bar_chart(left.loss_change, "virtual token", "change of loss without it (nats a target token)")
+    bars = bar_chart(
+        left.loss_change, left.loss_interval, "virtual token", "change of loss without it (nats a target token)"
+    )
     return [el("div", el("div", bars), el("p", said, class_="note"), class_="pair")]
 
 
@@ -88,13 +91,18 @@ def _token_row(i: int, token: VirtualToken, rows_kind: bool, left: LeftOut | Non
     cells: list[Child] = [i + 1]
     if rows_kind:
         cells += [_near(token.by_cosine), _near(token.by_distance)]
-    cells.append(f"{token.norm:.3g}")
-    cells += ["" if token.moved is None else f"{token.moved:.3g}"]
-    cells += ["" if token.moved_share is None else f"{100 * token.moved_share:.0f} %"]
+    cells.append(_moved(token))
     if left:
-        cells.append(_change(left.loss_change.get(i), 4))
+        cells.append(_loss_change(left, i))
         cells += [_change(left.accuracy_change.get(i), 3)] if left.accuracy_change else []
     return cells
+
+
+def _moved(token: VirtualToken) -> Child:
+    if token.moved is None:
+        return ""
+    share = "" if token.moved_share is None else f" ({100 * token.moved_share:.0f} %)"
+    return joined([f"{token.moved:#.3g}", el("small", share)])
 
 
 def _near(found: Sequence[Near]) -> Markup:
@@ -106,6 +114,13 @@ def _near(found: Sequence[Near]) -> Markup:
 def shown(token: str) -> str:
     """A token with its white space to be seen."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+
+
+def _loss_change(left: LeftOut, i: int) -> Child:
+    if i not in left.loss_change:
+        return "not tried"
+    low_high = ", ".join(_change(bound, 3) for bound in left.loss_interval[i])
+    return joined([_change(left.loss_change[i], 3), " ", el("small", f"[{low_high}]")])
 
 
 def _change(value: float | None, digits: int) -> str:
