@@ -20,6 +20,7 @@ from foreword.backbone.load import Backbone, choose_device, load_backbone
 from foreword.checks import check
 from foreword.config import DistillConfig, PromptConfig, Recipe, members
 from foreword.data.encode import Encoder
+from foreword.data.raft import filled_in
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plain, run_rows, scores_of, with_baselines
 from foreword.jobs.data import Splits, read_splits
@@ -68,6 +69,7 @@ def run(
         eval_rows: held-out rows in memory.
     """
     console = console or Console(quiet=True)
+    recipe = replace(recipe, data=filled_in(recipe.data))
     check(recipe)
     check_names(recipe)
     if recipe.distill != DistillConfig():
