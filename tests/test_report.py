@@ -317,6 +317,13 @@ def test_scales_hold_their_values_with_few_round_ticks(values: list[float]) -> N
     assert 1 <= len(x.ticks) <= 7
 
 
+def test_ticks_have_the_digits_that_tell_them_apart() -> None:
+    x = Scale(7.781, 7.789, 0, 100)
+    assert [x.label(t) for t in x.ticks] == ["7.782", "7.784", "7.786", "7.788"]
+    assert [Scale(0, 1200, 0, 1).label(t) for t in (0, 500, 1000)] == ["0", "500", "1000"]
+    assert [Scale(0.001, 1, 0, 1, log=True).label(t) for t in (0.001, 0.1)] == ["0.001", "0.1"]
+
+
 def test_a_logarithmic_scale_has_powers_of_ten() -> None:
     assert Scale(0.0005, 2, 0, 1, log=True).ticks == [0.001, 0.01, 0.1, 1.0]
     assert Scale(0.002, 0.02, 0, 1, log=True).ticks == pytest.approx([0.002, 0.005, 0.01, 0.02])

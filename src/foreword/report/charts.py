@@ -30,6 +30,8 @@ POINTS = 240
 ROW = 40
 """Height of a row of a row chart."""
 COLOURS = 6
+TICK_WIDTH = 44
+"""Room a tick's number takes."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,14 @@ def scatter_chart(groups: Mapping[str, Sequence[Point]], x_title: str, y_title: 
         for i, points in enumerate(groups.values())
         for a, b in points
     ]
-    return chart(f"{y_title} by {x_title}", frame(x, y, x_title, y_title), *dots)
+    return chart(f"{y_title} by {x_title}", frame(x, y, x_title, y_title, _own_ticks(xs, x)), *dots)
+
+
+def _own_ticks(values: Sequence[float], x: Scale) -> list[float] | None:
+    """The values themselves, where they are few and lie apart; else None: the scale's ticks."""
+    own = sorted(set(values))
+    apart = all(x(b) - x(a) >= TICK_WIDTH for a, b in itertools.pairwise(own))
+    return own if apart else None
 
 
 def colour(i: int) -> str:

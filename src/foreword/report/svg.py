@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 440, 250
 """Of a chart, in its own units (about a pixel each)."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
 TICKS = 5
+SAME = 1e-3
+"""Values that differ by less, as a share of themselves, are not drawn apart."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Scale:
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
+    def label(self, value: float) -> str:
+        """A tick's number, with as many digits as tell it from the next."""
+        if self.log or abs(value) >= 1e5:
+            return f"{value:.3g}"
+        return f"{value:.{max(0, -math.floor(math.log10(_step(self.high - self.low)) + 1e-9))}f}"
+
 
 def across(values: Sequence[float], log: bool = False, low: float | None = None, pad: float = 0.0) -> Scale:
     """A horizontal scale around values."""
@@ -59,7 +67,7 @@ def frame(x: Scale, y: Scale, x_title: str, y_title: str, ticks: Sequence[float]
     for value in y.ticks:
         at = y(value)
         parts.append(el("line", x1=LEFT, x2=right, y1=at, y2=at, class_="grid"))
-        parts.append(el("text", number(value), x=LEFT - 8, y=at + 4, text_anchor="end"))
+        parts.append(el("text", y.label(value), x=LEFT - 8, y=at + 4, text_anchor="end"))
     parts += bottom_axis(x, bottom, ticks)
     parts.append(el("text", y_title, x=4, y=16, class_="title"))
     parts.append(el("text", x_title, x=(LEFT + right) / 2, y=HEIGHT - 4, text_anchor="middle", class_="title"))
@@ -71,7 +79,7 @@ def bottom_axis(x: Scale, at: float, ticks: Sequence[float] | None = None) -> li
     parts = [el("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="axis")]
     for value in x.ticks if ticks is None else ticks:
         parts.append(el("line", x1=x(value), x2=x(value), y1=at, y2=at + 4, class_="axis"))
-        parts.append(el("text", number(value), x=x(value), y=at + 17, text_anchor="middle"))
+        parts.append(el("text", x.label(value), x=x(value), y=at + 17, text_anchor="middle"))
     return parts
 
 
@@ -88,17 +96,12 @@ def line(points: Sequence[tuple[float, float]], kind: str) -> Markup:
     return el("path", d="M" + "L".join(f"{x:g},{y:g}" for x, y in points), class_=kind)
 
 
-def number(value: float) -> str:
-    """A tick or figure in few characters: 0.03, 1200, 5e-05."""
-    return "0" if abs(value) < 1e-12 else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
 def _around(values: Sequence[float], start: float, end: float, log: bool, low: float | None, pad: float) -> Scale:
     least, most = (min(values) if low is None else low), max(values)
     if log:
         return Scale(least / 1.6, most * 1.6, start, end, log=True)
     room = (most - least) * pad
-    if most - least < 1e-12:  # one value: some room on both sides of it
+    if most - least <= SAME * abs(most):  # as good as one value: some room on both sides of it
         room = abs(most) * 0.1 or 0.5
     return Scale(least - (room if low is None or most <= least else 0), most + room, start, end)
 

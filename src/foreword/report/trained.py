@@ -40,7 +40,8 @@ def _keys(found: Curves) -> Markup:
     strong = f"mean of the last {found.steps_per_epoch} steps (an epoch)"
     keys = [("faint", "each step"), ("strong", strong)]
     if len(found.loss) > 1:
-        keys = [("thin", f"{len(found.loss) - 1} others"), ("strong", f"the member kept, {strong}")]
+        others = len(found.loss) - 1
+        keys = [("thin", f"{others} other member{'s' * (others > 1)}"), ("strong", f"the member kept, {strong}")]
     return el("ul", *(el("li", el("i", class_=f"key {kind}"), name) for kind, name in keys), class_="legend")
 
 
