@@ -14,6 +14,7 @@ LAYERS = [
     {"errors", "config", "recipe", "records", "hub_errors"},
     {"data"},
     {"checks"},
+    {"tuning"},
     {"prompts"},
     {"backbone"},
     {"artifact"},
@@ -27,7 +28,7 @@ LAYERS = [
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
-NO_TORCH = ["errors", "config", "recipe", "checks", "records", "hub_errors", "data"]
+NO_TORCH = ["errors", "config", "recipe", "checks", "records", "hub_errors", "data", "tuning"]
 
 
 def part_of(file: Path) -> str:

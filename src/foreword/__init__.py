@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from foreword.errors import ForewordError
 
 if TYPE_CHECKING:
-    from foreword.api import Foreword, Prediction, load, train
+    from foreword.api import Ensemble, Foreword, Prediction, load, train, tune
 
-__all__ = ["Foreword", "ForewordError", "Prediction", "load", "train"]
+__all__ = ["Ensemble", "Foreword", "ForewordError", "Prediction", "load", "train", "tune"]
 
 
 def __getattr__(name: str) -> Any:

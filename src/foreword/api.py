@@ -1,20 +1,23 @@
-"""The Python interface: ``foreword.train`` and ``foreword.load``."""
+"""The Python interface: ``foreword.train``, ``foreword.tune`` and ``foreword.load``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from foreword.config import Recipe
-from foreword.jobs.load import Foreword, Prediction, load, open_run
+from foreword.jobs.ensemble import Ensemble, load_any, open_any
+from foreword.jobs.load import Foreword, Prediction, open_run
 from foreword.jobs.train import run
+from foreword.jobs.tune import tune as run_tune
 from foreword.recipe import load_recipe, merge
 from foreword.records import Row
 
-__all__ = ["Foreword", "Prediction", "load", "train"]
+__all__ = ["Ensemble", "Foreword", "Prediction", "load", "train", "tune"]
 IN_MEMORY = "rows in memory"
 
 
@@ -49,6 +52,72 @@ def train(
         resume: go on with the run in ``out``.
         quiet: print nothing.
     """
+    sections = {"prompt": dict(prompt or {}), "train": dict(train or {})}
+    given = _given(recipe, model, data, eval_data, text, label, template, sections)
+    backbone = run(given.recipe, Path(out), resume, Console(quiet=quiet), given.rows, given.eval_rows)
+    return open_run(Path(out), backbone)
+
+
+def tune(
+    recipe: str | Path | Recipe | None = None,
+    *,
+    out: str | Path,
+    model: str | Mapping[str, Any] | None = None,
+    data: str | Sequence[Row] | Mapping[str, Any] | None = None,
+    eval_data: str | Sequence[Row] | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    template: str | None = None,
+    tune: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+) -> Foreword | Ensemble:
+    """Searches by cross-validation, trains an ensemble of the winners on all rows and returns it loaded.
+
+    Args:
+        tune: keys of the ``tune`` section, such as ``{"minutes": 20, "members": 4}``.
+        train: keys of the ``train`` section that all candidates share, such as ``{"epochs": 20}``.
+        prompt: keys of the ``prompt`` section that all share, such as ``{"init_text": "..."}``.
+        recipe, out, model, data, eval_data, text, label, template, resume, quiet: as in ``train``.
+    """
+    sections = {"prompt": dict(prompt or {}), "train": dict(train or {}), "tune": dict(tune or {})}
+    given = _given(recipe, model, data, eval_data, text, label, template, sections)
+    backbone = run_tune(given.recipe, Path(out), resume, Console(quiet=quiet), given.rows, given.eval_rows)
+    return open_any(Path(out), backbone)
+
+
+def load(path_or_id: str | Path, **options: Any) -> Foreword | Ensemble:
+    """Loads a run, an adapter folder (ours or PEFT's), an ensemble or a hub adapter, with its backbone.
+
+    Args:
+        path_or_id: folder or hub id.
+        options: ``model`` (backbone, where the adapter's own name for it does not lead to it), ``device``,
+            ``dtype``, ``revision`` (of a hub adapter), ``template``, ``label_words`` and ``separator`` (for adapters
+            without a sidecar), ``force`` (another backbone than it was trained for), ``quantize``.
+
+    Raises:
+        ForewordError: nothing there, something damaged, or a backbone that does not match.
+    """
+    return load_any(path_or_id, **options)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call said: a recipe, and rows in memory."""
+
+    recipe: Recipe
+    rows: list[Row] | None
+    eval_rows: list[Row] | None
+
+
+def _given(
+    recipe: str | Path | Recipe | None, model: str | Mapping[str, Any] | None,
+    data: str | Sequence[Row] | Mapping[str, Any] | None, eval_data: str | Sequence[Row] | None,
+    text: str | None, label: str | None, template: str | None, sections: Mapping[str, Mapping[str, Any]],
+) -> _Given:  # fmt: skip
+    """A call's arguments over its recipe."""
     base = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe)) if recipe else Recipe()
     section: dict[str, Any] = dict(data) if isinstance(data, Mapping) else {}
     rows = None if data is None or isinstance(data, (str, Mapping)) else list(data)
@@ -61,12 +130,6 @@ def train(
         "template": template,
     }
     section.update({k: v for k, v in given.items() if v is not None})
-    nested = {
-        "model": {"id": model} if isinstance(model, str) else dict(model or {}),
-        "data": section,
-        "prompt": dict(prompt or {}),
-        "train": dict(train or {}),
-    }
-    final = merge(base, nested, where="foreword.train arguments")
-    backbone = run(final, Path(out), resume, Console(quiet=quiet), rows, eval_rows)
-    return open_run(Path(out), backbone)
+    named = {"id": model} if isinstance(model, str) else dict(model or {})
+    final = merge(base, {"model": named, "data": section, **sections}, where="arguments of the call")
+    return _Given(final, rows, eval_rows)

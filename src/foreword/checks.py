@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from foreword.config import DataConfig, PromptConfig, Recipe, members, value_of
+from foreword.config import DataConfig, PromptConfig, Recipe, TuneConfig, members, value_of
 from foreword.data.template import parse
 from foreword.errors import ForewordError
 
@@ -50,6 +50,7 @@ CHOICES = {
     "train.select": ("last", "loss", "accuracy", "macro_f1"),
     "train.autocast": ("auto", "on", "off"),
     "train.engine": ("auto", "eager", "graph", "compile"),
+    "tune.sampler": ("list", "optuna"),
 }
 
 
@@ -94,6 +95,41 @@ def check_distill(recipe: Recipe) -> None:
     _check_numbers(recipe)
     _check_choices(recipe)
     _check_method(recipe)
+
+
+SEARCHED = {
+    "prompt.method": "tune.methods", "prompt.init": "tune.inits", "prompt.virtual_tokens": "tune.virtual_tokens",
+    "train.lr": "tune.lr_factors", "train.seed": "tune.seed", "prompt.population": "tune.members",
+}  # fmt: skip
+"""What a search chooses, and the key that says among what."""
+
+
+def check_tune(recipe: Recipe) -> None:
+    """Refuses what ``foreword tune`` cannot work with, beside what ``check`` refuses."""
+    tune, default = recipe.tune, Recipe(tune=recipe.tune)
+    for key, instead in SEARCHED.items():
+        same = value_of(recipe, key) == value_of(default, key)
+        _need(same, key, f"tune chooses {key} itself", f"leave it out, or narrow {instead}")
+    for key in ("data.folds", "data.validation_fraction", "train.select"):
+        same = value_of(recipe, key) == value_of(default, key)
+        _need(same, key, f"tune cross-validates by itself: {key} has no part in it", f"leave {key} out")
+    for key in ("tune.methods", "tune.inits", "tune.virtual_tokens", "tune.lr_factors"):
+        value = value_of(recipe, key)
+        _need(bool(value) and len(set(value)) == len(value), key, f"{key} is {list(value)}", "list different values")
+    for method in tune.methods:
+        _need(method not in ("cpt", "multitask"), "tune.methods", f"{method} has a start of its own", "leave it out")
+    _need(min(tune.virtual_tokens) >= 1, "tune.virtual_tokens", "a soft prompt has tokens", "give 1 or more")
+    _need(0 < min(tune.lr_factors) < math.inf, "tune.lr_factors", "factors are more than 0", "such as [1, 3, 0.3]")
+    _need(tune.folds >= 2, "tune.folds", f"{tune.folds} folds leave nothing out", "tune.folds=3")
+    _need(tune.members >= 1, "tune.members", f"an ensemble of {tune.members}", "tune.members=1 is a single one")
+    limits = [x for x in (tune.minutes, tune.trainings) if x]
+    _need(len(limits) == 1 and 0 < limits[0] < math.inf, "tune.minutes", "the budget is minutes or trainings",
+          "tune.minutes=45, or tune.minutes=0 tune.trainings=12")  # fmt: skip
+
+
+def check_no_tune(recipe: Recipe) -> None:
+    """Refuses keys of the ``tune`` section where nothing is searched."""
+    _need(recipe.tune == TuneConfig(), "tune.*", "tune keys mean nothing here", "use foreword tune")
 
 
 def _check_given(recipe: Recipe) -> None:

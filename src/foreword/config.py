@@ -182,6 +182,32 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """What ``foreword tune`` searches, and for how long."""
+
+    minutes: float = 45.0
+    """Most minutes of search and training; what is affordable is measured at the start. 0: by trainings."""
+    trainings: float = 0.0
+    """Instead of minutes: the budget in trainings on all rows (a soft prompt for all epochs)."""
+    members: int = 8
+    """Most soft prompts in the ensemble; 1: a single one."""
+    folds: int = 3
+    """Parts of the rows, each left out once to score what was trained on the others."""
+    methods: tuple[str, ...] = ("prefix-tuning", "prompt-tuning")
+    """Methods to try, the likelier first."""
+    inits: tuple[str, ...] = ("text", "vocabulary+classes")
+    """Initialisers to try, the likelier first; + classes without a number takes one row a class."""
+    virtual_tokens: tuple[int, ...] = (16,)
+    """Numbers of virtual tokens to try."""
+    lr_factors: tuple[float, ...] = (1.0, 3.0, 0.3)
+    """Learning rates to try, as multiples of the method's own."""
+    sampler: str = "list"
+    """What proposes candidates: list (the lists above, in their order) or optuna (TPE; extra tune)."""
+    seed: int = 0
+    """Seed of folds, sampler and members."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run."""
 
@@ -190,6 +216,7 @@ class Recipe:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 @dataclass(frozen=True)
@@ -225,6 +252,7 @@ SECTIONS: dict[str, type] = {
     "prompt": PromptConfig,
     "train": TrainConfig,
     "distill": DistillConfig,
+    "tune": TuneConfig,
 }
 
 

@@ -148,6 +148,10 @@ def _coerce(value: Any, hint: Any, key: str, where: str) -> Any:
         if value is None or value == "":
             return None
         hint = one
+    of = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else str
+    if of is not str:
+        several = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_coerce(v, of, key, where) for v in several)
     convert, name = KINDS[typing.get_origin(hint) or hint]
     try:
         return convert(value)

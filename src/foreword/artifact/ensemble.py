@@ -20,6 +20,7 @@ from foreword.data.template import parse
 from foreword.errors import ForewordError
 
 ENSEMBLE = "ensemble.json"
+MEMBERS = "members"
 FORMAT = 1
 
 
@@ -54,8 +55,12 @@ def write_ensemble(folder: Path, members: Sequence[Path]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_ensemble(folder: Path) -> tuple[Path, ...]:
+def read_ensemble(folder: Path, home: Path | None = None) -> tuple[Path, ...]:
     """The members' folders, each strictly below the ensemble's, without links.
+
+    Args:
+        folder: the ensemble's.
+        home: where links of files may lead to (the hub's cache is made of links); None: nowhere.
 
     Raises:
         ForewordError: a damaged ``ensemble.json``, a member outside or missing, fewer than two, one named
@@ -63,12 +68,12 @@ def read_ensemble(folder: Path) -> tuple[Path, ...]:
     """
     file, root = folder / ENSEMBLE, folder.resolve()
     members = []
-    for name in _names(file):
+    for name in _names(file, home):
         member = inside(root, name)
         if member is None or member in members:
             what = f"the member {name!r} is named twice" if member else f"there is no member {name!r} in the folder"
             raise ForewordError(what, str(file), "write the ensemble again")
-        stamps(member)
+        stamps(member, home)
         members.append(member)
     check_members([(m.name, read_sidecar(m)) for m in members], str(file))
     return tuple(members)
@@ -90,21 +95,31 @@ def check_members(members: Sequence[tuple[str, Sidecar | None]], where: str) -> 
             raise ForewordError(f"the member {name} reads other columns than the first", where, "give one task's")
 
 
+def member_name(number: int) -> str:
+    """Where a member's folder lies below the ensemble's."""
+    return f"{MEMBERS}/{number:02}"
+
+
+def write_index(folder: Path, count: int) -> None:
+    """Makes a folder with so many members an ensemble's."""
+    content = {"format": FORMAT, "members": [member_name(i) for i in range(count)]}
+    write_atomic(folder / ENSEMBLE, json.dumps(content, indent=2).encode())
+
+
 def _write_members(folder: Path, adapters: Sequence[Adapter]) -> None:
-    names = [f"members/{i}" for i in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        own = folder / name
+    for number, adapter in enumerate(adapters):
+        own = folder / member_name(number)
         own.mkdir(parents=True)
         for file in (CONFIG, WEIGHTS, SIDECAR):
             if (adapter.folder / file).is_file():
                 write_atomic(own / file, (adapter.folder / file).read_bytes())
         if not (own / WEIGHTS).exists():  # they lie in the older pickle format
             write_atomic(own / WEIGHTS, weights_bytes(adapter.tensors))
-    write_atomic(folder / ENSEMBLE, json.dumps({"format": FORMAT, "members": names}, indent=2).encode())
+    write_index(folder, len(adapters))
 
 
-def _names(file: Path) -> list[str]:
-    plain_file(file)
+def _names(file: Path, home: Path | None) -> list[str]:
+    plain_file(file, home)
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from foreword.artifact.ensemble import ENSEMBLE, MEMBERS, is_ensemble, read_ensemble
 from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter, weights_bytes
 from foreword.artifact.sidecar import SIDECAR
 from foreword.data.sources import file_name
@@ -14,11 +15,13 @@ from foreword.errors import ForewordError
 from foreword.hub_errors import HUB_ID, hub_error
 from foreword.recipe import RECIPE, load_recipe, to_yaml
 
+MEMBER_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md")
+"""Of each member of an ensemble."""
 SHARED_FILES = (CONFIG, WEIGHTS, SIDECAR, "README.md", RECIPE)
 
 
 def push(folder: Path, repo: str, private: bool = False, message: str = "Add soft prompt") -> str:
-    """Uploads a run's adapter, sidecar, card and recipe; returns the commit's address.
+    """Uploads a run's adapter (an ensemble's members), sidecar, card and recipe; returns the commit's address.
 
     Weights in the older pickle format are shared as safetensors. The token comes from
     ``HF_TOKEN`` or the login that ``hf auth login`` stored.
@@ -29,10 +32,8 @@ def push(folder: Path, repo: str, private: bool = False, message: str = "Add sof
         raise ForewordError("not a hub id", repo, "hub ids look like user/name")
     if folder.is_file():
         raise ForewordError("a bare file has no configuration to share", str(folder), "foreword export it to a folder")
-    adapter = read_adapter(folder)  # never share what could not be loaded
-    files: dict[str, Path | bytes] = {n: folder / n for n in SHARED_FILES if (folder / n).is_file()}
-    files.setdefault(WEIGHTS, weights_bytes(adapter.tensors))
-    if RECIPE in files:
+    files = _ensemble_files(folder) if is_ensemble(folder) else _adapter_files(folder)
+    if (folder / RECIPE).is_file():
         files[RECIPE] = _without_folders(folder / RECIPE)
     api = HfApi()
     with _explained(repo):
@@ -44,13 +45,40 @@ def push(folder: Path, repo: str, private: bool = False, message: str = "Add sof
     return str(commit.commit_url)
 
 
+def _adapter_files(folder: Path, names: Sequence[str] = SHARED_FILES) -> dict[str, Path | bytes]:
+    """An adapter's files by name; what could not be loaded is never shared."""
+    adapter = read_adapter(folder)
+    files: dict[str, Path | bytes] = {n: folder / n for n in names if (folder / n).is_file()}
+    files.setdefault(WEIGHTS, weights_bytes(adapter.tensors))
+    return files
+
+
+def _ensemble_files(folder: Path) -> dict[str, Path | bytes]:
+    """An ensemble's own files and those of all its members."""
+    files: dict[str, Path | bytes] = {n: folder / n for n in (ENSEMBLE, SIDECAR, "README.md") if (folder / n).is_file()}
+    for member in members_of(folder):
+        place = member.relative_to(folder.resolve()).as_posix()
+        files |= {f"{place}/{n}": content for n, content in _adapter_files(member, MEMBER_FILES).items()}
+    return files
+
+
 def fetch(repo: str, revision: str | None = None) -> Path:
     """The local folder of a hub adapter, downloaded into huggingface_hub's cache."""
     from huggingface_hub import snapshot_download
 
+    patterns = [*SHARED_FILES, LEGACY_WEIGHTS, ENSEMBLE, *(f"{MEMBERS}/*/{n}" for n in MEMBER_FILES)]
     with _explained(repo):
-        folder = snapshot_download(repo, revision=revision, allow_patterns=[*SHARED_FILES, LEGACY_WEIGHTS])
+        folder = snapshot_download(repo, revision=revision, allow_patterns=patterns)
     return Path(folder)
+
+
+def members_of(folder: Path) -> tuple[Path, ...]:
+    """The members of an ensemble's folder, be it a local one or one of the hub's cache, which is made of links."""
+    from huggingface_hub import constants
+
+    real = folder.resolve()
+    cached = real.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+    return read_ensemble(folder, real.parents[1] if cached else None)  # models--user--name/snapshots/COMMIT
 
 
 def locate(path_or_id: str, revision: str | None = None) -> Path:

@@ -11,7 +11,7 @@ from foreword.cli import options as o
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="Run or adapter folder, or hub id.")],
+    run: Annotated[str, typer.Argument(help="Run, adapter or ensemble folder, or hub id.")],
     data: Annotated[str, typer.Option("--data", help="Labelled rows: .csv, .jsonl, .parquet, hub id.")],
     split: Annotated[str, typer.Option("--split", help="Split of a hub data set.")] = "test",
     json_: Annotated[Path | None, typer.Option("--json", help="Write all scores to this file.")] = None,
@@ -29,11 +29,11 @@ def evaluate(
 
     from foreword.artifact.atomic import write_atomic
     from foreword.cli.show import print_scores
-    from foreword.jobs.load import load
+    from foreword.jobs.ensemble import load_any
     from foreword.training.progress import counting
 
     console = Console()
-    task = load(run, model=model, device=device, dtype=dtype, revision=revision, force=force)
+    task = load_any(run, model=model, device=device, dtype=dtype, revision=revision, force=force)
     with counting(console, "scoring, with and without the soft prompt", None) as progress:
         scores = task.evaluate(data, split, drop_incomplete, progress)
     print_scores(scores, console)

@@ -25,6 +25,7 @@ from foreword.cli import (
     show,
     train,
     transfer,
+    tune,
 )
 from foreword.errors import ForewordError
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Errors say what, where and how to mend it; --debug anywhere adds the traceback.",
 )
-for verb in (demo.demo, train.train, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
+for verb in (demo.demo, train.train, tune.tune, evaluate.evaluate, predict.predict, generate.generate, preview.preview,
              show.show, serve.serve, compile.compile_, combine.combine, transfer.transfer, distill.distill,
              multitask.multitask, export.export, push.push):  # fmt: skip
     app.command(verb.__name__.rstrip("_"))(verb)

@@ -25,10 +25,14 @@ def show(run: Annotated[str, typer.Argument(help="Run or adapter folder, or hub 
 
 def print_run(folder: Path, console: Console) -> None:
     """Prints what the folder holds and what to do with it."""
+    from foreword.artifact.ensemble import is_ensemble
     from foreword.artifact.folder import CONFIG, LEGACY_WEIGHTS, WEIGHTS, read_adapter
     from foreword.artifact.sidecar import SIDECAR
     from foreword.report.page import REPORT
 
+    if is_ensemble(folder):
+        print_ensemble(folder, console)
+        return
     adapter = read_adapter(folder)
     sidecar, prompt = adapter.sidecar, adapter.prompt
     files = [folder / f for f in (CONFIG, WEIGHTS, LEGACY_WEIGHTS, SIDECAR, "README.md") if (folder / f).is_file()]
@@ -50,13 +54,46 @@ def print_run(folder: Path, console: Console) -> None:
             facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"
     if (folder / REPORT).is_file():
         facts["report"] = folder / REPORT
-    for name, value in facts.items():
-        console.print(f"{name:12} {value}", highlight=False, markup=False, soft_wrap=True)
+    _print_facts(facts, console)
     if sidecar and sidecar.scores:
         print_scores(sidecar.scores, console)
     elif sidecar:
         console.print("not scored: give --eval-data, data.eval_fraction=0.2 or data.folds=5", highlight=False)
     _print_next(folder, bool(sidecar and sidecar.task.classifies), console)
+
+
+def print_ensemble(folder: Path, console: Console) -> None:
+    """Prints an ensemble's members, its scores, and what it expects where it was tuned."""
+    import json
+
+    from foreword.artifact.hub import members_of
+    from foreword.artifact.sidecar import read_sidecar
+    from foreword.jobs.tuned import TUNED
+
+    members, sidecar = members_of(folder), read_sidecar(folder)
+    facts: dict[str, Any] = {"ensemble": f"{len(members)} soft prompts, label probabilities averaged", "folder": folder}
+    if sidecar:
+        facts["backbone"], facts["template"] = sidecar.backbone["name"], sidecar.task.template
+        facts["classes"] = ", ".join(sidecar.task.classes)
+    _print_facts(facts, console)
+    if sidecar:
+        names = sidecar.training.get("members", [])
+        for name in dict.fromkeys(names):
+            console.print(f"{'':12} {names.count(name)} x {name}", highlight=False, markup=False, soft_wrap=True)
+    if sidecar and sidecar.scores:
+        print_scores(sidecar.scores, console)
+    if (folder / TUNED).is_file():
+        expected = json.loads((folder / TUNED).read_text())["expected"]
+        low, high = expected["intervals"]["accuracy"]
+        line = f"to expect on new rows: accuracy {expected['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        console.print(f"{line} (cross-validated on the {expected['n']} training rows)", highlight=False, markup=False,
+                      soft_wrap=True)  # fmt: skip
+    _print_next(folder, True, console, ensemble=True)
+
+
+def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
+    for name, value in facts.items():
+        console.print(f"{name:12} {value}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _what(config: Mapping[str, Any]) -> str:
@@ -85,9 +122,9 @@ def print_scores(scores: Any, console: Console) -> None:
     console.print()
 
 
-def _print_next(folder: Path, classifies: bool, console: Console) -> None:
+def _print_next(folder: Path, classifies: bool, console: Console, ensemble: bool = False) -> None:
     verbs = ["evaluate {} --data test.csv", "predict {} rows.csv --out predictions.csv"] if classifies else []
-    verbs += ['generate {} "some text"', "push {} user/name"]
+    verbs += [*([] if ensemble else ['generate {} "some text"']), "push {} user/name"]
     for i, verb in enumerate(verbs):
         line = f"{'next:' if i == 0 else '':6}{command()} {verb.format(folder)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate, push
 from foreword.artifact.peft_types import PLACED
@@ -18,8 +20,8 @@ from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import run_plain, run_rows, silent, with_baselines
-from foreword.evaluation.scoring import classify
+from foreword.evaluation.evaluate import Outcome, run_plain, run_rows, silent, with_baselines
+from foreword.evaluation.scoring import Floats, classify
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.jobs.prepare import make_encoder, memory_explained
@@ -59,19 +61,21 @@ class Foreword:
             rows: dictionaries of columns, or texts for a template with one column.
             progress: told the number of rows done since the last call.
         """
+        return predictions(self.task.classes, self.probabilities(rows, progress))
+
+    def probabilities(self, rows: Sequence[Row | str], progress: Any = silent) -> Floats:
+        """Probabilities of the classes ``[n, C]``; arguments as ``predict``."""
         if not self.task.classifies:
             raise ForewordError(
                 "this soft prompt writes text and has no classes", str(self.adapter.folder), "use generate"
             )
         contexts = self._contexts(rows)
         if not contexts:
-            return []
+            return np.zeros((0, len(self.task.classes)))
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self._choose([Segment(c, label_ids) for c in contexts])
-            table = classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
-        classes = self.task.classes
-        return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
+            return classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
 
     def generate(self, rows: Sequence[Row | str], sampling: Sampling | None = None) -> list[str]:
         """The text the model writes after each row, in order."""
@@ -103,31 +107,39 @@ class Foreword:
                 the soft prompt and the plain backbone.
         """
         table = read_labelled(data, split, self.task, incomplete)
+        return beside_baselines(self, self.outcome(table, progress), table, progress)
+
+    def outcome(self, table: Table, progress: Any = silent) -> Outcome:
+        """What it does on the labelled rows of a table."""
         examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
-            outcome = run_rows(self.backbone, self.prompt, examples, label_ids, layout, progress)
-            plain = run_plain(self.backbone, examples, label_ids, layout, progress)
-        classes = self.task.classes
-        counts = self._training_counts() or [outcome.truth.count(c) for c in range(len(classes))]
-        protocol = f"all {len(examples)} rows of {file_name(table.origin)}{self._trained_on(table)}"
-        return with_baselines(outcome, plain, counts, classes, protocol)
+            return run_rows(self.backbone, self.prompt, examples, label_ids, layout, progress)
 
-    def _trained_on(self, table: Table) -> str:
-        """Says so when these are the very rows the soft prompt was trained on."""
+    def plain_outcome(self, table: Table, progress: Any = silent) -> Outcome:
+        """What the backbone does on them zero-shot, by the template alone."""
+        examples = self.encoder.examples(table)
+        with memory_explained(MEMORY_KNOB):
+            label_ids = self.encoder.label_ids
+            layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
+            return run_plain(self.backbone, examples, label_ids, layout, progress)
+
+    def trained_on(self, table: Table) -> bool:
+        """Whether these are the very rows the soft prompt was trained on."""
         digest = rows_hash(table, [*self.encoder.columns, self.task.label_column])
-        trained = self.adapter.sidecar.training.get("data_sha256") if self.adapter.sidecar else None
-        return ", the rows it was trained on" if digest == trained else ""
+        sidecar = self.adapter.sidecar
+        return sidecar is not None and digest == sidecar.training.get("data_sha256")
+
+    @property
+    def training_counts(self) -> list[int]:
+        """Training rows of each class; empty when the adapter does not say."""
+        counts = self.adapter.sidecar.training.get("label_counts", []) if self.adapter.sidecar else []
+        return list(counts) if len(counts) == len(self.task.classes) else []
 
     def push(self, repo: str, private: bool = False) -> str:
         """Uploads the adapter folder to the hub; returns the commit's address."""
         return push(self.adapter.folder, repo, private)
-
-    def _training_counts(self) -> list[int]:
-        """Training rows of each class; empty when the adapter does not say."""
-        counts = self.adapter.sidecar.training.get("label_counts", []) if self.adapter.sidecar else []
-        return list(counts) if len(counts) == len(self.task.classes) else []
 
     def _contexts(self, rows: Sequence[Row | str]) -> list[tuple[int, ...]]:
         if isinstance(rows, (str, Mapping)):
@@ -147,6 +159,27 @@ class Foreword:
         if self._layout is None:
             self._layout = choose_layout(self.backbone, self.prompt, rows, gradient=False).score
         return self._layout
+
+
+def predictions(classes: Sequence[str], table: Floats) -> list[Prediction]:
+    """The likeliest class of each row of probabilities ``[n, C]``, with all of them."""
+    return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
+
+
+def beside_baselines(used: Foreword, outcome: Outcome, table: Table, progress: Any = silent) -> dict[str, Any]:
+    """Scores of an outcome on a table's rows beside the baselines.
+
+    Args:
+        used: whose template and training rows the baselines are of.
+        outcome: on the table's rows.
+        table: the rows.
+        progress: told the number of rows done since the last call.
+    """
+    plain, classes = used.plain_outcome(table, progress), used.task.classes
+    counts = used.training_counts or [outcome.truth.count(c) for c in range(len(classes))]
+    again = ", the rows it was trained on" if used.trained_on(table) else ""
+    protocol = f"all {len(table)} rows of {file_name(table.origin)}{again}"
+    return with_baselines(outcome, plain, counts, classes, protocol)
 
 
 def load(

@@ -17,7 +17,7 @@ from foreword.artifact.peft_types import peft_config, placed_config
 from foreword.artifact.sidecar import Sidecar
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone, choose_device, load_backbone
-from foreword.checks import check
+from foreword.checks import check, check_no_tune
 from foreword.config import DistillConfig, PromptConfig, Recipe, members
 from foreword.data.encode import Encoder
 from foreword.data.raft import filled_in
@@ -71,6 +71,7 @@ def run(
     console = console or Console(quiet=True)
     recipe = replace(recipe, data=filled_in(recipe.data))
     check(recipe)
+    check_no_tune(recipe)
     check_names(recipe)
     if recipe.distill != DistillConfig():
         raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")

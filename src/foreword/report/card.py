@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,27 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
         f"`{base}`, {_origin(sidecar)}.", "",
         "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
         *_classes(sidecar), *_scores(sidecar.scores), *_usage(adapter, sidecar, base), *_training(sidecar),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def ensemble_card(members: Sequence[str], sidecar: Sidecar) -> str:
+    """The card of an ensemble's folder: its members, template, label words, scores, how to load it."""
+    front: dict[str, Any] = {"library_name": "foreword", "tags": ["foreword", "soft-prompt", "ensemble"]}
+    base = str(sidecar.backbone["name"])
+    if HUB_ID.fullmatch(base) and not Path(base).exists():
+        front["base_model"] = base
+    task = sidecar.task
+    row = json.dumps({f.column: "..." for f in parse(task.template).fields}, ensure_ascii=False)
+    ours = f'import foreword\ntask = foreword.load("<this folder or repository>")\nprint(task.predict([{row}]))'
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
+        "# Ensemble of soft prompts", "",
+        f"{len(members)} soft prompts for the frozen model `{base}`, {_origin(sidecar)}. Their label probabilities are "
+        "averaged. Each folder under `members` is an adapter by itself.", "",
+        *[f"{i}. {_code(m)}" for i, m in enumerate(members)], "",
+        "## Template", "", *_fenced(f"{task.template}{task.separator}<target>", "text"), "",
+        *_classes(sidecar), *_scores(sidecar.scores), "## Use", "", *_fenced(ours, "python"), "", *_training(sidecar),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

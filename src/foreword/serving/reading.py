@@ -63,7 +63,7 @@ def read_content(folder: Path, home: Path | None, known: Capabilities, most: int
     Raises:
         ForewordError: damaged, not finite, a pickle, leading elsewhere, too large, or for another model.
     """
-    folders = read_ensemble(folder) if is_ensemble(folder) else (folder,)
+    folders = read_ensemble(folder, home) if is_ensemble(folder) else (folder,)
     on_disk = sum(stamps(f, home)[WEIGHTS][1] for f in folders)
     _refuse_large(on_disk // 2 - HEADERS, most, folder)  # before it is read: float64 has twice the bytes
     parts, created, digests = [], 0, []

@@ -1,0 +1,193 @@
+"""Candidates of ``foreword tune`` trained and scored, each group of them in one population.
+
+What was finished stays in its folder as JSON, so that a stopped search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from foreword.artifact.atomic import write_atomic
+from foreword.backbone.choose import Choice, choose_layout
+from foreword.backbone.load import Backbone
+from foreword.config import Member, PromptConfig, Recipe, TrainConfig
+from foreword.data.encode import Encoder
+from foreword.evaluation.evaluate import Outcome, run_rows
+from foreword.evaluation.scoring import target_logprobs
+from foreword.jobs.data import Splits
+from foreword.jobs.prepare import first_method, make_encoder
+from foreword.jobs.training import Trained, train_in
+from foreword.prompts.methods.base import Method
+from foreword.prompts.methods.registry import METHODS
+from foreword.prompts.soft import SoftPrompt
+from foreword.records import Example, Segment
+from foreword.training.prepare import prepared
+from foreword.training.state import make_plan, start
+from foreword.tuning.space import Candidate
+
+DONE = "done.json"
+PROBE_STEPS = 3
+Group = tuple[str, int]
+"""Method and number of virtual tokens: what soft prompts of one pass have in common."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What all candidates of a group share."""
+
+    prompt: PromptConfig
+    encoder: Encoder
+    examples: list[Example]
+
+
+class Workshop:
+    """Trains candidates on some of the rows and scores them on others.
+
+    Args:
+        recipe: all that the candidates do not say.
+        splits: the rows.
+        backbone: the model.
+        console: where progress goes.
+    """
+
+    def __init__(self, recipe: Recipe, splits: Splits, backbone: Backbone, console: Console) -> None:
+        self.recipe, self.splits, self.backbone, self.console = recipe, splits, backbone, console
+        self._ready: dict[Group, Ready] = {}
+        self._layouts: dict[str, Choice] = {}
+
+    @property
+    def groups(self) -> Collection[Ready]:
+        """All groups made so far."""
+        return self._ready.values()
+
+    def ready(self, candidate: Candidate) -> Ready:
+        """Settings, encoder and encoded training rows of its group."""
+        group = group_of(candidate)
+        if group not in self._ready:
+            method, tokens = group
+            prompt = replace(self.recipe.prompt, method=method, virtual_tokens=tokens)
+            encoder = make_encoder(self.splits.task, self.backbone, tokens, METHODS[method].kind)
+            self._ready[group] = Ready(prompt, encoder, encoder.examples(self.splits.train))
+        return self._ready[group]
+
+    def method(self, candidate: Candidate, seed: int) -> Method:
+        """Its soft prompt before the first step."""
+        ready = self.ready(candidate)
+        member = member_of(candidate, seed)
+        return first_method(ready.prompt, self.splits.task, ready.encoder, self.backbone, member, None)
+
+    def layout(self, candidate: Candidate) -> Choice:
+        """How its rows share a pass, proved once for each kind of soft prompt."""
+        kind = METHODS[candidate.method].kind
+        if kind not in self._layouts:
+            ready = self.ready(candidate)
+            rows = [Segment(e.context, ready.encoder.label_ids or (e.target,)) for e in ready.examples]
+            self._layouts[kind] = choose_layout(self.backbone, self.method(candidate, 0).soft_prompt(), rows)
+        return self._layouts[kind]
+
+    def train(
+        self, folder: Path, group: Sequence[tuple[Candidate, int]], rows: Sequence[int], epochs: int, title: str
+    ) -> Trained:
+        """Trains candidates of one group, each with its seed, on the rows of these numbers."""
+        first = group[0][0]
+        examples = self.ready(first).examples
+        return train_in(
+            folder, self.backbone, [self.method(c, seed) for c, seed in group], [member_of(c, s) for c, s in group],
+            [examples[i].segment for i in rows], self.train_config(epochs), self.layout(first), self.console,
+            title=title,
+        )  # fmt: skip
+
+    def train_config(self, epochs: int) -> TrainConfig:
+        """The optimisation for so many epochs."""
+        return replace(self.recipe.train, epochs=epochs)
+
+    def held_out(
+        self, folder: Path, group: Sequence[tuple[Candidate, int]], fold: tuple[Sequence[int], Sequence[int]],
+        epochs: int, title: str,
+    ) -> tuple[list[Outcome], float]:  # fmt: skip
+        """Trains on a fold's rows and scores those left out; with the seconds it took, or did when it was done."""
+        done = folder / DONE
+        if done.is_file():
+            stored = json.loads(done.read_text())
+            return [_outcome(o) for o in stored["outcomes"]], float(stored["seconds"])
+        began = time.monotonic()
+        keep, out = fold
+        trained = self.train(folder, group, keep, epochs, title)
+        outcomes = [self._outcome(group[0][0], state.kept.soft_prompt(), out) for state in trained.population.states]
+        # Before an interruption there were steps as well: what they took is in the checkpoint.
+        seconds = max(time.monotonic() - began, trained.population.seconds)
+        write_atomic(done, json.dumps({"seconds": seconds, "outcomes": [_as_json(o) for o in outcomes]}).encode())
+        return outcomes, seconds
+
+    def _outcome(self, candidate: Candidate, prompt: SoftPrompt, rows: Sequence[int]) -> Outcome:
+        """What a soft prompt says of these rows; of free text only how likely it is, as writing takes long."""
+        ready, layout = self.ready(candidate), self.layout(candidate).score
+        held = [ready.examples[i] for i in rows]
+        if ready.encoder.label_ids:
+            return run_rows(self.backbone, prompt, held, ready.encoder.label_ids, layout)
+        return Outcome([], [len(e.target) for e in held], target_logprobs(self.backbone, prompt, held, layout))
+
+    def unit_seconds(self, candidate: Candidate) -> float:
+        """What one training on all rows for all epochs would take, from a few steps of it."""
+        config = self.recipe.train
+        examples = self.ready(candidate).examples
+        segments = [e.segment for e in examples]
+        plan = make_plan(len(segments), config)
+        probe = replace(config, engine="eager")
+        member = member_of(candidate, 0)
+        population = start([self.method(candidate, 0)], [member], config, plan, self.backbone.device)
+        times = []
+        with prepared(self.backbone, segments, population, probe, self.layout(candidate).train) as ready:
+            for step in range(PROBE_STEPS):
+                batch = [ready.segments[i] for i in plan.batch(member.seed, step % plan.steps)]
+                ready.engine.load(population.states, [[batch]])
+                began = time.perf_counter()
+                float(ready.engine.step().loss.sum())  # waits for the device
+                times.append(time.perf_counter() - began)
+        return median(times[1:]) * plan.steps  # the first step also warms up
+
+
+def group_of(candidate: Candidate) -> Group:
+    """What it must have in common with those it trains with."""
+    return candidate.method, candidate.virtual_tokens
+
+
+def grouped(candidates: Sequence[Candidate]) -> dict[Group, list[int]]:
+    """Indices of the candidates of each group, in order."""
+    found: dict[Group, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        found.setdefault(group_of(candidate), []).append(i)
+    return found
+
+
+def member_of(candidate: Candidate, seed: int) -> Member:
+    """A candidate with a seed, as training knows it."""
+    return Member(candidate.init, seed, candidate.lr)
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    """What a search needs of an outcome again."""
+    table = outcome.probabilities
+    return {
+        "truth": outcome.truth,
+        "target_tokens": outcome.target_tokens,
+        "logprobs": outcome.logprobs,
+        "probabilities": None if table is None else table.tolist(),
+    }
+
+
+def _outcome(stored: dict[str, Any]) -> Outcome:
+    """The outcome that ``_as_json`` stored, to the last bit."""
+    table = stored["probabilities"]
+    return Outcome(
+        stored["truth"], stored["target_tokens"], stored["logprobs"], None if table is None else np.array(table)
+    )

@@ -1,0 +1,287 @@
+"""From rows alone to one good, honest answer: search by cross-validation, then an ensemble trained on all rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from foreword.artifact.atomic import write_atomic
+from foreword.artifact.lock import run_folder
+from foreword.backbone.load import Backbone, load_backbone
+from foreword.checks import check, check_tune
+from foreword.config import Recipe
+from foreword.data.labels import label_names
+from foreword.data.splits import k_folds
+from foreword.errors import ForewordError
+from foreword.evaluation.evaluate import Outcome, pooled
+from foreword.evaluation.metrics import point_scores
+from foreword.evaluation.together import averaged
+from foreword.jobs.candidates import Workshop, grouped
+from foreword.jobs.data import Splits, read_splits
+from foreword.jobs.prepare import memory_explained
+from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
+from foreword.jobs.training import say
+from foreword.jobs.tuned import Expected, Made, write_tuned
+from foreword.prompts.methods.registry import find
+from foreword.records import Row
+from foreword.training.progress import METRICS
+from foreword.tuning.ensemble import log_loss, select
+from foreword.tuning.halving import Budget, Rung, plan
+from foreword.tuning.space import Candidate, Listed, Optuna, Sampler, candidates
+
+SEARCH = "search"
+SEED_STRIDE = 1000
+"""Between the seeds of two searches: their members share none."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate at a rung: what it did on rows it was not trained on, all folds pooled."""
+
+    rung: int
+    candidate: Candidate
+    epochs: int
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """What candidates are compared by: of classes, else per target token."""
+        table = self.outcome.probabilities
+        if table is not None:
+            return log_loss(self.outcome.truth, table)
+        return -sum(self.outcome.logprobs) / sum(self.outcome.target_tokens)
+
+    def facts(self) -> dict[str, Any]:
+        """For metrics.jsonl and the report."""
+        table = self.outcome.probabilities
+        scores = {"loss": self.loss, **(point_scores(self.outcome.truth, table) if table is not None else {})}
+        return {"event": "trial", "rung": self.rung, **asdict(self.candidate), "epochs": self.epochs, **scores,
+                "seconds": round(self.seconds, 1)}  # fmt: skip
+
+
+def tune(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    console: Console | None = None,
+    rows: Sequence[Row] | None = None,
+    eval_rows: Sequence[Row] | None = None,
+) -> Backbone:
+    """Searches, trains the winners on all rows, scores and writes a run; returns the backbone.
+
+    Args:
+        recipe: all choices; what the ``tune`` section lists is searched.
+        out: the run folder; new or empty unless ``resume``.
+        resume: go on with the search in ``out``.
+        console: where progress goes; None: nowhere.
+        rows: training rows in memory, instead of ``recipe.data.path``.
+        eval_rows: held-out rows in memory. They are scored at the end and choose nothing.
+    """
+    console = console or Console(quiet=True)
+    check(recipe)
+    check_tune(recipe)
+    check_names(recipe)
+    splits = read_splits(recipe.data, rows, eval_rows)
+    splits = replace(splits, task=replace(splits.task, placement=recipe.prompt.placement))
+    if len(splits.train) < recipe.tune.folds:
+        what = f"{len(splits.train)} rows cannot be parted in {recipe.tune.folds}"
+        raise ForewordError(what, "key tune.folds", "give more rows, or tune.folds=2")
+    with run_folder(out, resume), memory_explained(MEMORY_KNOB):
+        if resume:
+            same_run(recipe, splits.data_hash, out)
+        search = _Search(recipe, splits, out, console)
+        mark_started(recipe, splits.data_hash, out)
+        search.run()
+    return search.workshop.backbone
+
+
+class _Search:
+    """One search in its folder."""
+
+    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console) -> None:
+        self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
+        self.workshop = Workshop(recipe, splits, load_backbone(recipe.model), console)
+        task, table = splits.task, splits.train
+        labels = label_names(table, task.label_column, task.names) if task.classifies else [""] * len(table)
+        self.folds = k_folds(labels, recipe.tune.folds, recipe.tune.seed)
+        self.trials: list[Trial] = []
+
+    def run(self) -> None:
+        """Search, members, scores, files."""
+        sampler, size = self._sampler()
+        budget = self._budget(sampler, size)
+        found = self._first_rung(sampler, budget.rungs[0], size)
+        for number, rung in enumerate(self._later_rungs(budget), start=1):
+            best = sorted(found, key=lambda t: t.loss)[: rung.candidates]
+            found = self._rung(number, [t.candidate for t in best], rung.epochs)
+        chosen = self._chosen(found, self._affordable(budget))
+        order = [i for _, out in self.folds for i in out]
+        together = averaged([found[i].outcome for i in chosen])
+        expected = Expected(together, found[chosen[0]].outcome, order, self._protocol())
+        write_tuned(self.workshop, self.out, self._members(found, chosen), expected, [t.facts() for t in self.trials])
+
+    def _sampler(self) -> tuple[Sampler, int]:
+        """What proposes candidates, of the methods that this backbone can do, and how many there are."""
+        config = self.recipe.tune
+        rates = {m: find(m).rate(self.recipe.prompt) for m in config.methods}
+        config = replace(config, inits=tuple(dict.fromkeys(self._sized(i) for i in config.inits)))
+        able = tuple(m for m in config.methods if self._works(candidates(replace(config, methods=(m,)), rates)[0]))
+        if not able:
+            raise ForewordError("no method of the list works with this backbone", "key tune.methods", "give others")
+        config = replace(config, methods=able)
+        space = candidates(config, rates)
+        if config.sampler == "optuna":
+            return Optuna(config, rates, config.seed), max(len(space), 4 * len(able))
+        return Listed(config, rates), len(space)
+
+    def _sized(self, init: str) -> str:
+        """``+classes`` without a number takes a row a class, as far as half of the smallest soft prompt goes.
+
+        Free text has no classes: there it is left out.
+        """
+        if "+" not in init or not init.endswith("classes"):
+            return init
+        if not self.splits.task.classifies:
+            return init.removesuffix("+classes")
+        room = max(1, min(self.recipe.tune.virtual_tokens) // 2)
+        return f"{init}:{max(1, min(len(self.splits.task.classes), room))}"
+
+    def _works(self, candidate: Candidate) -> bool:
+        check(replace(self.recipe, prompt=self.workshop.ready(candidate).prompt))
+        try:
+            self.workshop.method(candidate, 0)
+        except ForewordError as e:
+            if len(self.recipe.tune.methods) == 1:
+                raise
+            say(self.console, f"{candidate.method} is left out: {e.what}")
+            return False
+        return True
+
+    def _budget(self, sampler: Sampler, size: int) -> Budget:
+        """Rungs and members that the budget allows, decided once."""
+        config, epochs = self.recipe.tune, self.recipe.train.epochs
+
+        def decide() -> dict[str, Any]:
+            second = self.workshop.unit_seconds(self._example())
+            units = config.minutes * 60 / second if config.minutes else config.trainings
+            found = plan(units, size, epochs, config.folds, self._most_members())
+            return {"unit_seconds": second, "units": units, "rungs": [asdict(r) for r in found.rungs],
+                    "members": found.members}  # fmt: skip
+
+        facts = self._decided("budget", decide)
+        budget = Budget(tuple(Rung(**r) for r in facts["rungs"]), facts["members"])
+        rungs = ", then ".join(f"{r.candidates} for {r.epochs} epochs" for r in budget.rungs)
+        say(self.console, f"a training on all {len(self.splits.train)} rows takes about {facts['unit_seconds']:.0f} s: "
+            f"{rungs}, {config.folds} folds each; then up to {budget.members} on all rows")  # fmt: skip
+        return budget
+
+    def _example(self) -> Candidate:
+        """A candidate to measure time by: what reads its virtual tokens at every step takes longest."""
+        config = self.recipe.tune
+        return Candidate("prompt-tuning", "text", max(config.virtual_tokens), 0.03)
+
+    def _most_members(self) -> int:
+        return self.recipe.tune.members if self.splits.task.classifies else 1
+
+    def _first_rung(self, sampler: Sampler, rung: Rung, size: int) -> list[Trial]:
+        """Two halves, so that a sampler that learns has something to learn from."""
+        learns = self.recipe.tune.sampler != "list"
+        counts = [rung.candidates - rung.candidates // 2, rung.candidates // 2] if learns else [rung.candidates]
+        found: list[Trial] = []
+        for count in filter(None, counts):
+            fresh = self._rung(0, sampler.ask(count), rung.epochs)
+            for trial in fresh:
+                sampler.tell(trial.candidate, trial.loss)
+            found += fresh
+        return found
+
+    def _later_rungs(self, budget: Budget) -> Iterator[Rung]:
+        """The rungs after the first, with as many candidates as the time that is left allows beside the members."""
+        for number, rung in enumerate(budget.rungs[1:], start=1):
+
+            def decide(rung: Rung = rung) -> dict[str, Any]:
+                cost = (self.recipe.tune.folds - 1) * rung.epochs / self.recipe.train.epochs
+                affordable = int((self._units_left() - budget.members) / cost)
+                return {"candidates": max(1, min(rung.candidates, affordable))}
+
+            yield Rung(self._decided(f"rung-{number}", decide)["candidates"], rung.epochs)
+
+    def _affordable(self, budget: Budget) -> int:
+        """Members that the rest of the budget pays for: at least one, at most what is wanted."""
+        most = self._most_members()
+        facts = self._decided("members", lambda: {"count": max(1, min(most, math.floor(self._units_left())))})
+        return int(facts["count"])
+
+    def _units_left(self) -> float:
+        """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
+        tune, epochs = self.recipe.tune, self.recipe.train.epochs
+        done = sum((tune.folds - 1) * t.epochs / epochs for t in self.trials)
+        if not tune.minutes:
+            return tune.trainings - done
+        spent = sum(t.seconds for t in self.trials)
+        return (tune.minutes * 60 - spent) * done / max(spent, 1e-9)
+
+    def _rung(self, number: int, proposed: Sequence[Candidate], epochs: int) -> list[Trial]:
+        """All candidates on all folds; tells how each did."""
+        outcomes: list[list[Outcome]] = [[] for _ in proposed]
+        seconds = [0.0] * len(proposed)
+        for fold, parts in enumerate(self.folds, start=1):
+            for (method, tokens), indices in grouped(proposed).items():
+                folder = self.out / SEARCH / f"rung-{number}" / f"{method}-{tokens}-{indices[0]}" / f"fold-{fold}"
+                group = [(proposed[i], self.recipe.tune.seed) for i in indices]
+                title = f"rung {number + 1}, fold {fold}, {method}"
+                found, took = self.workshop.held_out(folder, group, parts, epochs, title)
+                for i, outcome in zip(indices, found, strict=True):
+                    outcomes[i].append(outcome)
+                    seconds[i] += took / len(indices)
+        trials = [Trial(number, c, epochs, pooled(o), s) for c, o, s in zip(proposed, outcomes, seconds, strict=True)]
+        self.trials += trials
+        lines = "".join(json.dumps(t.facts()) + "\n" for t in self.trials)
+        write_atomic(self.out / METRICS, lines.encode())
+        for trial in sorted(trials, key=lambda t: t.loss):
+            accuracy = f", accuracy {trial.facts()['accuracy']:.3f}" if self.splits.task.classifies else ""
+            say(self.console, f"  {trial.candidate}: loss {trial.loss:.3f}{accuracy}")
+        return trials
+
+    def _chosen(self, found: Sequence[Trial], count: int) -> list[int]:
+        """Which of the last rung the members are, by out-of-fold probabilities; of free text the best alone."""
+        tables = [t.outcome.probabilities for t in found]
+        if tables[0] is None:
+            return [min(range(len(found)), key=lambda i: found[i].loss)]
+        return select(found[0].outcome.truth, [t for t in tables if t is not None], count)
+
+    def _members(self, found: Sequence[Trial], chosen: Sequence[int]) -> list[Made]:
+        """The chosen, trained on all rows, each with a seed of its own; in the order in which they were chosen."""
+        picked = [found[i].candidate for i in chosen]
+        first = self.recipe.tune.seed * SEED_STRIDE
+        made: dict[int, Made] = {}
+        for (method, tokens), indices in grouped(picked).items():
+            folder = self.out / SEARCH / "members" / f"{method}-{tokens}"
+            group = [(picked[i], first + i) for i in indices]
+            every = range(len(self.splits.train))
+            trained = self.workshop.train(folder, group, every, self.recipe.train.epochs, f"members, {method}")
+            for i, state in zip(indices, trained.population.states, strict=True):
+                made[i] = Made(picked[i], state, trained.figures)
+        return [made[i] for i in range(len(picked))]
+
+    def _protocol(self) -> str:
+        return (
+            f"expected: {self.recipe.tune.folds}-fold cross-validation on the {len(self.splits.train)} training rows "
+            f"(seed {self.recipe.tune.seed}), of the chosen candidates"
+        )
+
+    def _decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A decision that rests on time, taken once and kept for a resumed search."""
+        file = self.out / SEARCH / f"{name}.json"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, json.dumps(decide()).encode())
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found

@@ -1,0 +1,291 @@
+"""``foreword tune``: the plan, the choice of members, the whole search on a tiny model, and the ensemble it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss as sklearn_log_loss
+
+import foreword
+from conftest import ROWS, Cli
+from foreword.config import TuneConfig
+from foreword.data.splits import k_folds
+from foreword.errors import ForewordError
+from foreword.tuning.ensemble import log_loss, mean_table, select
+from foreword.tuning.halving import plan
+from foreword.tuning.space import Listed, Optuna, candidates
+
+DATA = [{"text": text, "label": label} for text, label in ROWS]
+RATES = {"prefix-tuning": 0.03, "prompt-tuning": 0.03, "residual": 0.01}
+SMALL: Mapping[str, Any] = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
+
+
+def tuned(model: Path, out: Path, rows: list[dict[str, str]] = DATA, **tune: Any) -> Any:
+    return foreword.tune(
+        model=str(model), data=rows, text="text", label="label", out=out, quiet=True,
+        tune={**SMALL, **tune}, train={"epochs": 3, "batch_size": 4},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    tuned(model_folder, out)
+    return out
+
+
+# --- what is decided without a model ----------------------------------------------------------
+
+
+@given(
+    st.floats(0.5, 200), st.integers(1, 40), st.integers(1, 60), st.integers(2, 6), st.integers(1, 12)
+)  # fmt: skip
+def test_a_plan_is_whole_and_keeps_to_its_budget_where_it_can(
+    units: float, space: int, epochs: int, folds: int, members: int
+) -> None:
+    found = plan(units, space, epochs, folds, members)
+    assert 1 <= found.members <= members
+    assert all(1 <= r.candidates <= space and 1 <= r.epochs <= epochs for r in found.rungs)
+    assert [r.candidates for r in found.rungs] == sorted((r.candidates for r in found.rungs), reverse=True)
+    assert found.rungs[-1].epochs == epochs
+    least = plan(0, space, epochs, folds, members).units(folds, epochs)
+    # Rounding to whole candidates costs at most half a candidate at both rungs.
+    assert found.units(folds, epochs) <= max(least, units + (folds - 1) * (0.5 + 0.5 / 3 + 1 / epochs) + 1e-9)
+
+
+def test_a_larger_budget_searches_no_less() -> None:
+    plans = [plan(units, 12, 30, 3, 8) for units in range(1, 80)]
+    counts = [p.rungs[0].candidates for p in plans]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    assert plans[-1].members == 8
+
+
+def test_the_list_tries_every_method_before_a_second_of_one() -> None:
+    config = TuneConfig(methods=("prefix-tuning", "prompt-tuning", "residual"), lr_factors=(1.0, 0.3))
+    asked = Listed(config, RATES).ask(100)
+    assert {c.method for c in asked[:3]} == set(config.methods)
+    assert sorted(map(str, asked)) == sorted(map(str, candidates(config, RATES)))
+    assert asked[0].lr == 0.03
+    assert {c.lr for c in asked if c.method == "residual"} == {0.01, 0.003}
+
+
+def test_optuna_stays_in_the_space_and_goes_where_the_loss_is_low() -> None:
+    config = TuneConfig(methods=("prefix-tuning", "prompt-tuning"), virtual_tokens=(8, 16))
+    sampler = Optuna(config, RATES, seed=0)
+    asked = sampler.ask(12)
+    for candidate in asked:
+        sampler.tell(candidate, 0.1 if candidate.method == "prompt-tuning" else 2.0)
+    later = sampler.ask(12)
+    assert len(set(asked + later)) == len(asked + later)
+    assert all(0.00899 <= c.lr <= 0.0901 for c in asked + later)
+    assert sum(c.method == "prompt-tuning" for c in later) > len(later) / 2
+
+
+def random_tables(seed: int, count: int, rows: int = 12, classes: int = 3) -> tuple[list[int], list[Any]]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, classes, rows).tolist(), [rng.dirichlet(np.ones(classes), rows) for _ in range(count)]
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_members_are_chosen_as_by_trying_everything_step_by_step(seed: int, count: int) -> None:
+    truth, tables = random_tables(seed, 4)
+    chosen = select(truth, tables, count)
+    for k in range(count):
+        losses = [log_loss(truth, mean_table(tables, [*chosen[:k], i])) for i in range(len(tables))]
+        assert losses[chosen[k]] == pytest.approx(min(losses))
+
+
+def test_two_members_are_the_best_that_can_stand_beside_the_best() -> None:
+    truth, tables = random_tables(1, 5)
+    first, second = select(truth, tables, 2)
+    pairs = [(log_loss(truth, mean_table(tables, [a, b])), a, b) for a, b in product(range(5), repeat=2) if a == first]
+    assert (first, second) == min(pairs)[1:]
+
+
+def test_the_loss_is_scikit_learns() -> None:
+    truth, tables = random_tables(2, 1)
+    assert log_loss(truth, tables[0]) == pytest.approx(sklearn_log_loss(truth, tables[0], labels=[0, 1, 2]))
+
+
+# --- the whole search ---------------------------------------------------------------------------
+
+
+def test_the_run_is_an_ensemble_of_adapters_each_valid_by_itself(run: Path) -> None:
+    ensemble = foreword.load(run)
+    assert isinstance(ensemble, foreword.Ensemble)
+    folders = sorted((run / "members").iterdir())
+    assert [m.adapter.folder.resolve() for m in ensemble.members] == [f.resolve() for f in folders]
+    assert 2 <= len(folders) <= 3
+    texts = [row["text"] for row in DATA[:4]]
+    alone = [foreword.load(folder).predict(texts) for folder in folders]
+    for i, p in enumerate(ensemble.predict(texts)):
+        for name, probability in p.probabilities.items():
+            assert probability == pytest.approx(np.mean([a[i].probabilities[name] for a in alone]), abs=1e-6)
+        assert p.label == max(p.probabilities, key=lambda c: p.probabilities[c])
+
+
+def test_members_differ_in_their_seeds(run: Path) -> None:
+    sidecars = [json.loads((f / "foreword.json").read_text())["training"] for f in sorted((run / "members").iterdir())]
+    assert len({s["seed"] for s in sidecars}) == len(sidecars)
+    assert all(s["rows"] == len(DATA) for s in sidecars)
+
+
+def test_every_trial_is_told_with_scores_of_rows_it_was_not_trained_on(run: Path) -> None:
+    trials = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    said = json.loads((run / "tune.json").read_text())
+    assert trials == said["trials"]
+    assert {t["rung"] for t in trials} == {0, 1}
+    assert min(t["epochs"] for t in trials if t["rung"] == 0) < max(t["epochs"] for t in trials if t["rung"] == 1) == 3
+    best = min((t for t in trials if t["rung"] == 1), key=lambda t: t["loss"])
+    assert said["expected_single"]["accuracy"] == pytest.approx(best["accuracy"])
+    assert said["expected"]["n"] == len(DATA)
+    low, high = said["expected"]["intervals"]["accuracy"]
+    assert low <= said["expected"]["accuracy"] <= high
+    assert set(said["expected"]["baselines"]) >= {"majority", "zero_shot"}
+
+
+def test_out_of_fold_scores_are_those_of_a_training_without_the_fold(
+    run: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    """The first fold of the first candidate, trained again through the public interface."""
+    (group,) = [f for f in (run / "search" / "rung-0").iterdir() if f.name.startswith("prompt-tuning")]
+    stored = json.loads((group / "fold-1" / "done.json").read_text())["outcomes"]
+    trials = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mine = [t for t in trials if t["rung"] == 0 and t["method"] == "prompt-tuning"]
+    keep, out = k_folds([r["label"] for r in DATA], 2, 0)[0]
+    again = foreword.train(
+        model=str(model_folder), data=[DATA[i] for i in keep], text="text", label="label", out=tmp_path / "again",
+        quiet=True, prompt={"virtual_tokens": 4, "init": mine[0]["init"]},
+        train={"epochs": mine[0]["epochs"], "batch_size": 4, "lr": mine[0]["lr"], "seed": 0},
+    )  # fmt: skip
+    found = again.predict([DATA[i]["text"] for i in out])
+    classes = list(found[0].probabilities)
+    order = sorted(classes, key=["complaint", "no complaint"].index)
+    table = [[p.probabilities[c] for c in order] for p in found]
+    np.testing.assert_allclose(table, stored[0]["probabilities"], atol=1e-5)
+
+
+def test_a_resumed_search_ends_in_the_same_bytes(run: Path, model_folder: Path, tmp_path: Path) -> None:
+    """As it was after the first rung: later results are gone, one training is half done."""
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    for name in ("members", "ensemble.json", "foreword.json", "tune.json", "README.md", "report.html"):
+        path = broken / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in ("members", "rung-1"):
+        shutil.rmtree(broken / "search" / name)
+    foreword.tune(
+        model=str(model_folder), data=DATA, text="text", label="label", out=broken, quiet=True, resume=True,
+        tune=SMALL, train={"epochs": 3, "batch_size": 4},
+    )  # fmt: skip
+    for folder in sorted((run / "members").iterdir()):
+        mine, theirs = (d / "adapter_model.safetensors" for d in (broken / "members" / folder.name, folder))
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+def test_other_choices_are_refused_when_resumed(run: Path, model_folder: Path) -> None:
+    with pytest.raises(ForewordError, match=r"keys changed: tune\.members"):
+        foreword.tune(
+            model=str(model_folder), data=DATA, text="text", label="label", out=run, quiet=True, resume=True,
+            tune={**SMALL, "members": 2}, train={"epochs": 3, "batch_size": 4},
+        )  # fmt: skip
+
+
+def test_held_out_rows_are_scored_and_choose_nothing(run: Path, model_folder: Path, tmp_path: Path) -> None:
+    upside_down = [{**r, "label": DATA[(i + 1) % len(DATA)]["label"]} for i, r in enumerate(DATA)]
+    with_rows = foreword.tune(
+        model=str(model_folder), data=DATA, eval_data=upside_down, text="text", label="label", out=tmp_path / "run",
+        quiet=True, tune=SMALL, train={"epochs": 3, "batch_size": 4},
+    )  # fmt: skip
+    name = "members/00/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+    assert with_rows.scores["n"] == len(upside_down)
+    assert with_rows.scores["accuracy"] == with_rows.evaluate(upside_down)["accuracy"]
+
+
+def test_a_single_member_is_a_plain_run(model_folder: Path, tmp_path: Path) -> None:
+    made = tuned(model_folder, tmp_path / "one", members=1, methods=("prompt-tuning",), lr_factors=(1.0,))
+    assert isinstance(made, foreword.Foreword)
+    assert (tmp_path / "one" / "adapter_config.json").is_file()
+    assert made.scores["protocol"].startswith("expected: 2-fold")
+
+
+def test_free_text_is_tuned_to_one_soft_prompt(model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": text, "label": f"{text.split()[0]} {i}"} for i, (text, _) in enumerate(ROWS)]
+    made = tuned(model_folder, tmp_path / "text", rows, trainings=5)
+    assert isinstance(made, foreword.Foreword)
+    expected = json.loads((tmp_path / "text" / "tune.json").read_text())["expected"]
+    assert expected["loss"] > 0
+    assert made.generate(["my parcel is late"])
+
+
+def test_optuna_searches_too(model_folder: Path, tmp_path: Path) -> None:
+    made = tuned(model_folder, tmp_path / "optuna", sampler="optuna", trainings=6)
+    assert made.predict(["my parcel is late"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("prompt.method=residual",), "tune chooses prompt.method itself"),
+        (("train.lr=0.1",), "tune chooses train.lr itself"),
+        (("data.folds=3",), "tune cross-validates by itself"),
+        (("tune.minutes=0",), "the budget is minutes or trainings"),
+        (("tune.folds=1",), "1 folds leave nothing out"),
+        (("tune.folds=11",), "10 rows cannot be parted in 11"),
+        (("tune.methods=[cpt]",), "cpt has a start of its own"),
+        (("tune.virtual_tokens=[8, 8]",), "tune.virtual_tokens is [8, 8]"),
+        (("tune.sampler=grid",), "tune.sampler is 'grid'"),
+        (("tune.lr_factors=[0]",), "factors are more than 0"),
+        (("tune.membres=3",), "did you mean 'tune.members'?"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_in_three_lines(
+    cli: Cli, model_folder: Path, train_csv: Path, tmp_path: Path, keys: tuple[str, ...], said: str
+) -> None:
+    out = tmp_path / "run"
+    code, _, err = cli(
+        "tune", "--model", str(model_folder), "--data", str(train_csv), "--text", "Tweet text", "--label", "Label",
+        "--out", str(out), *keys,
+    )  # fmt: skip
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 3
+    assert not out.exists()
+
+
+def test_train_refuses_the_keys_of_tune(cli: Cli, model_folder: Path, train_csv: Path, tmp_path: Path) -> None:
+    code, _, err = cli(
+        "train", "--model", str(model_folder), "--data", str(train_csv), "--text", "Tweet text", "--label", "Label",
+        "--out", str(tmp_path / "run"), "tune.members=2",
+    )  # fmt: skip
+    assert code == 2
+    assert "tune keys mean nothing here" in err
+
+
+def test_the_command_line_tunes_shows_scores_and_predicts(
+    cli: Cli, model_folder: Path, train_csv: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    code, said, err = cli(
+        "tune", "--model", str(model_folder), "--data", str(train_csv), "--text", "Tweet text", "--label", "Label",
+        "--out", str(out), "--members", "2", "tune.minutes=0", "tune.trainings=6", "tune.folds=2", "train.epochs=2",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "to expect on new rows: accuracy" in said
+    code, said, err = cli("evaluate", str(out), "--data", str(train_csv), "--json", str(tmp_path / "scores.json"))
+    assert code == 0, err
+    assert "the rows it was trained on" in json.loads((tmp_path / "scores.json").read_text())["protocol"]
+    code, said, err = cli("predict", str(out), str(train_csv), "--out", str(tmp_path / "labels.csv"))
+    assert code == 0, err
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) == len(ROWS) + 1
