@@ -205,6 +205,8 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
     int | tuple[int, ...]: st.integers() | st.lists(st.integers(), min_size=2, max_size=3, unique=True).map(tuple),
     float | tuple[float, ...]: NUMBERS | st.lists(NUMBERS, min_size=2, max_size=3, unique=True).map(tuple),
     tuple[str, ...]: st.lists(TEXTS, max_size=3).map(tuple),
+    tuple[int, ...]: st.lists(st.integers(), max_size=3).map(tuple),
+    tuple[float, ...]: st.lists(NUMBERS, max_size=3).map(tuple),
     Mapping[str, str]: st.dictionaries(TEXTS, TEXTS, max_size=3),
 }
 
