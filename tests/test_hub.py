@@ -79,6 +79,13 @@ def rows_and_predictions(path_or_id: str, revision: str | None) -> tuple[list[An
     return loaded.prompt.values.tolist(), [(p.label, dict(p.probabilities)) for p in loaded.predict(TEXTS)]
 
 
+def predictions_of(path_or_id: str) -> list[Any]:
+    import foreword
+
+    os.environ["HF_TOKEN"] = TOKEN
+    return [(p.label, dict(p.probabilities)) for p in foreword.load(path_or_id).predict(TEXTS)]
+
+
 def read_split(name: str, split: str, revision: str | None) -> tuple[list[Any], dict[str, Any]]:
     from foreword.data.sources import read_table
 
@@ -217,6 +224,23 @@ def test_only_the_files_that_make_the_adapter_are_shared(hub: HubServer, client:
     assert {k: v for k, v in pushed.commits[pushed.refs["main"]].items() if k != ".gitattributes"} == {
         name: (run / name).read_bytes() for name in SHARED
     }
+
+
+def test_a_pushed_ensemble_comes_back_with_all_its_members(
+    hub: HubServer, client: Client, run: Path, place: Path
+) -> None:
+    folder = place / "runs" / "both"
+    assert client.cli("combine", run, run, "--how", "ensemble", "--out", folder).code == 0
+    assert client.cli("push", folder, "user/both").code == 0
+    pushed = hub.repos["models/user/both"]
+    names = {k for k in pushed.commits[pushed.refs["main"]] if k != ".gitattributes"}
+    members = {f"members/0{i}/{name}" for i in (0, 1) for name in (CONFIG, WEIGHTS, SIDECAR)}
+    assert names == {"ensemble.json", *members}
+    here, there = (client.call(predictions_of, p) for p in (str(folder), "user/both"))
+    assert here == there
+    assert "2 soft prompts" in client.cli("show", "user/both").out
+    found = client.cli("evaluate", "user/both", "--data", "test.csv")
+    assert (found.code, "soft prompt" in found.out) == (0, True), found.err
 
 
 def test_the_module_pushes_as_a_command(hub: HubServer, run: Path, home: Path) -> None:
