@@ -41,7 +41,8 @@ class DataConfig:
     """Where the rows come from and how one row becomes context and target."""
 
     path: str = ""
-    """Training rows: .csv, .jsonl or .parquet file, hub id user/name[:config], bundled:complaints."""
+    """Training rows: .csv, .jsonl or .parquet file, a RAFT task's folder, hub id user/name[:config],
+    bundled:complaints."""
     split: str = "train"
     """Split of a hub data set to train on."""
     revision: str | None = None

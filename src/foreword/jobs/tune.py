@@ -17,6 +17,7 @@ from foreword.backbone.load import Backbone, load_backbone
 from foreword.checks import check, check_tune
 from foreword.config import Recipe
 from foreword.data.labels import label_names
+from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, pooled
@@ -85,6 +86,7 @@ def tune(
         eval_rows: held-out rows in memory. They are scored at the end and choose nothing.
     """
     console = console or Console(quiet=True)
+    recipe = replace(recipe, data=filled_in(recipe.data))
     check(recipe)
     check_tune(recipe)
     check_names(recipe)
