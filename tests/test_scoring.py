@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import tiny
-from foreword.backbone.attach import no_prompt
+from foreword.backbone.attach import compiled, no_prompt
 from foreword.backbone.choose import Layout
 from foreword.backbone.load import Backbone
 from foreword.evaluation.evaluate import pooled, run_rows, scores_of, validation_scores
 from foreword.evaluation.scoring import class_probabilities, classify, needs_end, score_branches
-from foreword.prompts.soft import SoftPrompt
+from foreword.evaluation.together import classify_together
+from foreword.prompts.soft import Kind, SoftPrompt
 from foreword.records import Example
 
 LABELS = ((10, 11, 0), (12, 0), (10, 0))
@@ -51,6 +52,25 @@ def test_a_row_scores_the_same_alone_and_in_any_batch() -> None:
     together = classify(backbone, prompt, contexts, LABELS, "packed")
     alone = np.concatenate([classify(backbone, prompt, [c], LABELS, "packed") for c in contexts])
     np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "prefix"])
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama-gqa", "packed"), ("gemma3", "packed"), ("gpt2", "packed"), ("bloom", "shared")]
+)
+def test_soft_prompts_in_the_same_passes_say_what_each_says_alone(family: str, layout: Layout, kind: Kind) -> None:
+    backbone = tiny.backbone(family, torch.float32)
+    tables = [torch.randn(5, tiny.HIDDEN, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    values = [compiled(backbone, t) for t in tables] if kind == "prefix" and family != "bloom" else tables
+    kind = kind if family != "bloom" else "rows"
+    prompts = [SoftPrompt(v, kind) for v in values]
+    for shared in (True, False):  # with and without an opening that all contexts have in common
+        rows = CONTEXTS if shared else [(i + 3, *c) for i, c in enumerate(CONTEXTS)]
+        contexts = tiny.front(rows, 5) if kind == "rows" else rows
+        together = classify_together(backbone, prompts, contexts, LABELS, layout)
+        for prompt, found in zip(prompts, together, strict=True):
+            np.testing.assert_allclose(found, classify(backbone, prompt, contexts, LABELS, layout), atol=1e-5)
+        assert not np.allclose(together[0], together[1], atol=1e-3)
 
 
 def test_the_end_token_counts_where_one_label_begins_another() -> None:

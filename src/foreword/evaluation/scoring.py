@@ -67,7 +67,7 @@ def score_branches(
         layout: how rows share a forward pass.
         progress: told the number of rows done since the last call.
     """
-    budget = SCORING_BUDGET if backbone.device.type == "cpu" else GPU_BUDGET
+    budget = scoring_budget(backbone)
     opening = common_opening(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     segments = [Segment(tuple(contexts[i][len(opening) :]), tuple(tuple(b) for b in branches[i])) for i in order]
@@ -81,7 +81,7 @@ def score_branches(
             values = LOGPROBS[layout](backbone, rows, prefix)
             found.append(values.double().cpu())
             progress(len(batch))
-    return _gather(torch.cat(found), order, segments)
+    return gather(torch.cat(found), order, segments)
 
 
 def class_probabilities(scores: BranchScores, with_end: bool) -> Floats:
@@ -123,7 +123,12 @@ def target_logprobs(backbone: Backbone, prompt: SoftPrompt, examples: Sequence[E
     return [float(x) for x in scores.full[:, 0]]
 
 
-def _gather(values: torch.Tensor, order: Sequence[int], segments: Sequence[Segment]) -> BranchScores:
+def scoring_budget(backbone: Backbone) -> int:
+    """Tokens of one pass when scoring."""
+    return SCORING_BUDGET if backbone.device.type == "cpu" else GPU_BUDGET
+
+
+def gather(values: torch.Tensor, order: Sequence[int], segments: Sequence[Segment]) -> BranchScores:
     """Sums flat branch-token values (segment, branch, token) into ``[n, C]``, in input order."""
     count = len(segments[0].branches)
     words, full = np.zeros((len(order), count)), np.zeros((len(order), count))

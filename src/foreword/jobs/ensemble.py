@@ -16,7 +16,7 @@ from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import silent
 from foreword.evaluation.together import averaged
 from foreword.jobs.data import Source, read_labelled
-from foreword.jobs.load import Foreword, Prediction, beside_baselines, load, open_run, predictions
+from foreword.jobs.load import Foreword, Prediction, beside_baselines, load, open_run, predictions, together
 from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.records import Row, Task
 
@@ -41,13 +41,20 @@ class Ensemble:
     def predict(self, rows: Sequence[Row | str], progress: Any = silent) -> list[Prediction]:
         """Label and probabilities of each row, in order; as ``Foreword.predict``.
 
-        ``progress`` is told the rows that the last member has done.
+        ``progress`` is told the number of rows when they are done.
         """
         if not rows:
             return []
-        last = self.members[-1]
-        tables = [m.probabilities(rows, progress if m is last else silent) for m in self.members]
+        tables = [table for group in self._alike() for table in together(group, rows)]
+        progress(len(rows))
         return predictions(self.task.classes, np.mean(tables, axis=0))
+
+    def _alike(self) -> list[list[Foreword]]:
+        """Members that can share passes: of one kind, size and wording."""
+        groups: dict[Any, list[Foreword]] = {}
+        for member in self.members:
+            groups.setdefault((member.prompt.kind, member.prompt.tokens, member.task), []).append(member)
+        return list(groups.values())
 
     def generate(self, rows: Sequence[Row | str], sampling: Any = None) -> list[str]:
         """Refused: texts have no mean."""

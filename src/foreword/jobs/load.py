@@ -22,6 +22,7 @@ from foreword.data.template import parse
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, run_plain, run_rows, silent, with_baselines
 from foreword.evaluation.scoring import Floats, classify
+from foreword.evaluation.together import classify_together
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.jobs.prepare import make_encoder, memory_explained
@@ -69,17 +70,17 @@ class Foreword:
             raise ForewordError(
                 "this soft prompt writes text and has no classes", str(self.adapter.folder), "use generate"
             )
-        contexts = self._contexts(rows)
+        contexts = self.contexts(rows)
         if not contexts:
             return np.zeros((0, len(self.task.classes)))
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
-            layout = self._choose([Segment(c, label_ids) for c in contexts])
+            layout = self.layout([Segment(c, label_ids) for c in contexts])
             return classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
 
     def generate(self, rows: Sequence[Row | str], sampling: Sampling | None = None) -> list[str]:
         """The text the model writes after each row, in order."""
-        contexts = self._contexts(rows)
+        contexts = self.contexts(rows)
         sampling = sampling or Sampling()
         texts: list[str] = []
         with memory_explained(MEMORY_KNOB):
@@ -90,7 +91,7 @@ class Foreword:
 
     def stream(self, row: Row | str, sampling: Sampling | None = None) -> Iterator[str]:
         """The same for one row, piece by piece as it is written."""
-        (context,) = self._contexts([row])
+        (context,) = self.contexts([row])
         with memory_explained(MEMORY_KNOB):
             yield from stream(self.backbone, self.prompt, context, sampling or Sampling())
 
@@ -114,7 +115,7 @@ class Foreword:
         examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
-            layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
+            layout = self.layout([Segment(e.context, label_ids or (e.target,)) for e in examples])
             return run_rows(self.backbone, self.prompt, examples, label_ids, layout, progress)
 
     def plain_outcome(self, table: Table, progress: Any = silent) -> Outcome:
@@ -122,7 +123,7 @@ class Foreword:
         examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
-            layout = self._choose([Segment(e.context, label_ids or (e.target,)) for e in examples])
+            layout = self.layout([Segment(e.context, label_ids or (e.target,)) for e in examples])
             return run_plain(self.backbone, examples, label_ids, layout, progress)
 
     def trained_on(self, table: Table) -> bool:
@@ -141,7 +142,8 @@ class Foreword:
         """Uploads the adapter folder to the hub; returns the commit's address."""
         return push(self.adapter.folder, repo, private)
 
-    def _contexts(self, rows: Sequence[Row | str]) -> list[tuple[int, ...]]:
+    def contexts(self, rows: Sequence[Row | str]) -> list[tuple[int, ...]]:
+        """Ids of each row's context."""
         if isinstance(rows, (str, Mapping)):
             raise ForewordError("one row where a list of rows is expected", repr(rows)[:80], "write [row]")
         columns = self.encoder.columns
@@ -154,7 +156,7 @@ class Foreword:
         full = [{columns[0]: r} if isinstance(r, str) else r for r in rows]
         return self.encoder.contexts(rows_table(full))
 
-    def _choose(self, rows: Sequence[Segment]) -> Layout:
+    def layout(self, rows: Sequence[Segment]) -> Layout:
         """The layout, proved once on the first rows this object sees."""
         if self._layout is None:
             self._layout = choose_layout(self.backbone, self.prompt, rows, gradient=False).score
@@ -164,6 +166,15 @@ class Foreword:
 def predictions(classes: Sequence[str], table: Floats) -> list[Prediction]:
     """The likeliest class of each row of probabilities ``[n, C]``, with all of them."""
     return [Prediction(classes[int(p.argmax())], dict(zip(classes, map(float, p), strict=True))) for p in table]
+
+
+def together(alike: Sequence[Foreword], rows: Sequence[Row | str]) -> list[Floats]:
+    """Probabilities ``[n, C]`` by soft prompts of one backbone, kind, size and task, in passes that they share."""
+    first = alike[0]
+    contexts, label_ids = first.contexts(rows), first.encoder.label_ids
+    with memory_explained(MEMORY_KNOB):
+        layout = first.layout([Segment(c, label_ids) for c in contexts])
+        return classify_together(first.backbone, [m.prompt for m in alike], contexts, label_ids, layout)
 
 
 def beside_baselines(used: Foreword, outcome: Outcome, table: Table, progress: Any = silent) -> dict[str, Any]:

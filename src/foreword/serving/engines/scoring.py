@@ -21,7 +21,7 @@ from foreword.backbone.choose import Layout
 from foreword.backbone.forward import Prefix, compute_prefix, micro_batches
 from foreword.backbone.load import Backbone
 from foreword.data.encode import common_opening
-from foreword.evaluation.scoring import GPU_BUDGET, LOGPROBS, SCORING_BUDGET
+from foreword.evaluation.scoring import LOGPROBS, scoring_budget
 from foreword.records import Segment
 from foreword.serving.engines.ids import Slot
 
@@ -136,7 +136,7 @@ class Scorer:
 
         Each with the number of tokens that all of them begin with.
         """
-        budget = SCORING_BUDGET if self.backbone.device.type == "cpu" else GPU_BUDGET
+        budget = scoring_budget(self.backbone)
         groups: dict[tuple[int | None, int], list[Job]] = {}
         for job in jobs:
             groups.setdefault((id(job.slot) if job.slot else None, job.opening), []).append(job)
