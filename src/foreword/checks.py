@@ -19,7 +19,6 @@ REQUIRED = {
 COUNTS = (
     "prompt.rank",
     "prompt.population",
-    "train.epochs",
     "train.batch_size",
     "train.accumulate",
     "train.validate_every",
@@ -31,6 +30,7 @@ NOT_NEGATIVE = (
     "prompt.epsilon",
     "prompt.format_epsilon",
     "prompt.loss_decay",
+    "train.epochs",
     "train.warmup_steps",
     "train.clip",
     "train.weight_decay",

@@ -127,8 +127,8 @@ class TrainConfig:
     lr: float | tuple[float, ...] = 0.0
     """Learning rate; 0: the method's own (0.03; cpt, residual, cartridge 0.01; p-tuning 0.001; a projection
     0.0005). A list: a population."""
-    epochs: int = 30
-    """Passes over the training rows."""
+    epochs: int = 0
+    """Passes over the training rows; 0: 30 for up to 100 rows, then fewer, 3 from 1,000 on (tune: half of that)."""
     batch_size: int = 8
     """Rows of one forward and backward pass."""
     accumulate: int = 1
@@ -194,13 +194,13 @@ class TuneConfig:
     """Most soft prompts in the ensemble; 1: a single one."""
     folds: int = 3
     """Parts of the rows, each left out once to score what was trained on the others."""
-    methods: tuple[str, ...] = ("prefix-tuning", "prompt-tuning")
+    methods: tuple[str, ...] = ("prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")
     """Initialisers to try, the likelier first; + classes without a number takes one row a class."""
     virtual_tokens: tuple[int, ...] = (16,)
     """Numbers of virtual tokens to try."""
-    lr_factors: tuple[float, ...] = (1.0, 3.0, 0.3)
+    lr_factors: tuple[float, ...] = (1.0, 0.3, 0.1)
     """Learning rates to try, as multiples of the method's own."""
     sampler: str = "list"
     """What proposes candidates: list (the lists above, in their order) or optuna (TPE; extra tune)."""

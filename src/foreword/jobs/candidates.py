@@ -6,6 +6,7 @@ What was finished stays in its folder as JSON, so that a stopped search goes on 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +32,13 @@ from foreword.prompts.methods.registry import METHODS
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 from foreword.training.prepare import prepared
-from foreword.training.state import make_plan, start
+from foreword.training.state import epochs_for, make_plan, start
 from foreword.tuning.space import Candidate
 
 DONE = "done.json"
 PROBE_STEPS = 3
+EPOCHS_SHARE = 0.5
+"""Of a lone training's epochs, where the recipe leaves them open: twice the candidates for the same time."""
 Group = tuple[str, int]
 """Method and number of virtual tokens: what soft prompts of one pass have in common."""
 
@@ -63,6 +66,11 @@ class Workshop:
         self.recipe, self.splits, self.backbone, self.console = recipe, splits, backbone, console
         self._ready: dict[Group, Ready] = {}
         self._layouts: dict[str, Choice] = {}
+
+    @property
+    def epochs(self) -> int:
+        """Of a whole training."""
+        return self.recipe.train.epochs or math.ceil(epochs_for(len(self.splits.train)) * EPOCHS_SHARE)
 
     @property
     def groups(self) -> Collection[Ready]:
@@ -138,7 +146,7 @@ class Workshop:
 
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
-        config = self.recipe.train
+        config = self.train_config(self.epochs)
         examples = self.ready(candidate).examples
         segments = [e.segment for e in examples]
         plan = make_plan(len(segments), config)

@@ -168,7 +168,7 @@ class _Search:
 
     def _budget(self, sampler: Sampler, size: int) -> Budget:
         """Rungs and members that the budget allows, decided once."""
-        config, epochs = self.recipe.tune, self.recipe.train.epochs
+        config, epochs = self.recipe.tune, self.workshop.epochs
 
         def decide() -> dict[str, Any]:
             second = self.workshop.unit_seconds(self._example())
@@ -209,7 +209,7 @@ class _Search:
         for number, rung in enumerate(budget.rungs[1:], start=1):
 
             def decide(rung: Rung = rung) -> dict[str, Any]:
-                cost = (self.recipe.tune.folds - 1) * rung.epochs / self.recipe.train.epochs
+                cost = (self.recipe.tune.folds - 1) * rung.epochs / self.workshop.epochs
                 affordable = int((self._units_left() - budget.members) / cost)
                 return {"candidates": max(1, min(rung.candidates, affordable))}
 
@@ -223,7 +223,7 @@ class _Search:
 
     def _units_left(self) -> float:
         """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
-        tune, epochs = self.recipe.tune, self.recipe.train.epochs
+        tune, epochs = self.recipe.tune, self.workshop.epochs
         done = sum((tune.folds - 1) * t.epochs / epochs for t in self.trials)
         if not tune.minutes:
             return tune.trainings - done
@@ -268,7 +268,7 @@ class _Search:
             folder = self.out / SEARCH / "members" / f"{method}-{tokens}"
             group = [(picked[i], first + i) for i in indices]
             every = range(len(self.splits.train))
-            trained = self.workshop.train(folder, group, every, self.recipe.train.epochs, f"members, {method}")
+            trained = self.workshop.train(folder, group, every, self.workshop.epochs, f"members, {method}")
             for i, state in zip(indices, trained.population.states, strict=True):
                 made[i] = Made(picked[i], state, trained.figures)
         return [made[i] for i in range(len(picked))]

@@ -16,6 +16,9 @@ from foreword.prompts.methods.base import Method
 from foreword.training.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from foreword.training.optim import build_optimizer, build_schedule, rate
 
+MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ = 30, 3, 3000
+"""Few rows are read often; of thousands a few passes are enough."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -40,7 +43,12 @@ class Plan:
 def make_plan(rows: int, config: TrainConfig) -> Plan:
     """Steps count the rows the recipe says: ``batch_size * accumulate`` a step."""
     step_rows = config.batch_size * config.accumulate
-    return Plan(rows, step_rows, math.ceil(rows / step_rows), config.epochs)
+    return Plan(rows, step_rows, math.ceil(rows / step_rows), config.epochs or epochs_for(rows))
+
+
+def epochs_for(rows: int) -> int:
+    """Epochs where the recipe leaves them open: about as many rows are read, whatever their number."""
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(ROWS_READ / rows)))
 
 
 @lru_cache(maxsize=256)
