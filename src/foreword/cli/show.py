@@ -69,12 +69,15 @@ def print_ensemble(folder: Path, console: Console) -> None:
     from foreword.artifact.hub import members_of
     from foreword.artifact.sidecar import read_sidecar
     from foreword.jobs.tuned import TUNED
+    from foreword.report.page import REPORT
 
     members, sidecar = members_of(folder), read_sidecar(folder)
     facts: dict[str, Any] = {"ensemble": f"{len(members)} soft prompts, label probabilities averaged", "folder": folder}
     if sidecar:
         facts["backbone"], facts["template"] = sidecar.backbone["name"], sidecar.task.template
         facts["classes"] = ", ".join(sidecar.task.classes)
+    if (folder / REPORT).is_file():
+        facts["report"] = folder / REPORT
     _print_facts(facts, console)
     if sidecar:
         names = sidecar.training.get("members", [])
