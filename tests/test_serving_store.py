@@ -126,7 +126,7 @@ def test_thousands_are_listed_without_reading_and_found_without_listing(
 ODD = [
     "", ".", "..", "../outside", "a/..", "a/../../outside", "/etc", "//", "a/", "/a", "./a", "a//b", "..\\outside",
     "a\\b", "a\0", "\0", "a\n", "\ud800", "x" * (NAME_LIMIT + 1), "é" * NAME_LIMIT, "~", "~root", "%2e%2e", ".hidden",
-    "linked", "linked/deep", "loop", "pipe", "notes.txt", "C:\\", "a:b", "members/0", "\u202e", " a", "a ",
+    "linked", "linked/deep", "loop", "pipe", "notes.txt", "C:\\", "a:b", "members/00", "\u202e", " a", "a ",
 ]  # fmt: skip
 
 
@@ -383,8 +383,8 @@ def test_members_that_do_not_belong_together_are_refused(tmp_path: Path, task: T
     first, second = soft_prompt(tmp_path / "a", 1), soft_prompt(tmp_path / "b", 2, task=task)
     assert reason in refusal(write_ensemble, tmp_path / "both", [first, second]).what
     write_ensemble(tmp_path / "both", [first, soft_prompt(tmp_path / "c", 3, task=OTHER_WORDING)])
-    shutil.rmtree(tmp_path / "both" / "members" / "1")
-    shutil.copytree(second, tmp_path / "both" / "members" / "1")
+    shutil.rmtree(tmp_path / "both" / "members" / "01")
+    shutil.copytree(second, tmp_path / "both" / "members" / "01")
     assert reason in refusal(read_ensemble, tmp_path / "both").what
 
 
@@ -399,13 +399,13 @@ def test_an_ensemble_of_nothing_or_over_something_is_not_written(tmp_path: Path)
 @pytest.mark.parametrize(
     "content",
     [
-        "", "[]", "{}", '{"format": 1}', '{"format": 2, "members": ["members/0", "members/1"]}', "[" * 10_000,
-        '{"format": 1, "members": "members/0"}', '{"format": 1, "members": [0, 1]}',
-        '{"format": 1, "members": ["members/0"]}', '{"format": 1, "members": ["members/0", "members/0"]}',
-        '{"format": 1, "members": ["members/0", "../a"]}', '{"format": 1, "members": ["members/0", "ABSOLUTE"]}',
-        '{"format": 1, "members": ["members/0", "linked"]}', '{"format": 1, "members": ["members/0", "."]}',
-        '{"format": 1, "members": ["members/0", "members/linked-file"]}',
-        '{"format": 1, "members": ["members/0", "members/9"]}',
+        "", "[]", "{}", '{"format": 1}', '{"format": 2, "members": ["members/00", "members/01"]}', "[" * 10_000,
+        '{"format": 1, "members": "members/00"}', '{"format": 1, "members": [0, 1]}',
+        '{"format": 1, "members": ["members/00"]}', '{"format": 1, "members": ["members/00", "members/00"]}',
+        '{"format": 1, "members": ["members/00", "../a"]}', '{"format": 1, "members": ["members/00", "ABSOLUTE"]}',
+        '{"format": 1, "members": ["members/00", "linked"]}', '{"format": 1, "members": ["members/00", "."]}',
+        '{"format": 1, "members": ["members/00", "members/linked-file"]}',
+        '{"format": 1, "members": ["members/00", "members/9"]}',
     ],
 )  # fmt: skip
 def test_a_damaged_or_leading_ensemble_is_refused(tmp_path: Path, content: str) -> None:

@@ -134,6 +134,14 @@ def test_the_run_is_an_ensemble_of_adapters_each_valid_by_itself(run: Path) -> N
         assert p.label == max(p.probabilities, key=lambda c: p.probabilities[c])
 
 
+def test_the_report_tells_of_all_members_and_the_search(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    count = len(list((run / "members").iterdir()))
+    assert f"ensemble of {count}, label probabilities averaged" in page
+    assert "loss on rows left out" in page
+    assert "None" not in page.split("<h2", 1)[0]
+
+
 def test_members_differ_in_their_seeds(run: Path) -> None:
     sidecars = [json.loads((f / "foreword.json").read_text())["training"] for f in sorted((run / "members").iterdir())]
     assert len({s["seed"] for s in sidecars}) == len(sidecars)

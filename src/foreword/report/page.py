@@ -58,6 +58,11 @@ def _header(facts: ReportFacts) -> Markup:
         "backbone": joined([el("code", facts.sidecar.backbone["name"]), ", frozen"]),
         "soft prompt": f"{len(facts.tokens)} virtual tokens ({kind}), {training.get('method')}",
     }
+    if "members" in training:
+        names = training["members"]
+        stated["soft prompt"] = (
+            f"ensemble of {len(names)}, label probabilities averaged; tokens below are of the first, {names[0]}"
+        )
     pairs = [part for name, value in stated.items() for part in (el("dt", name), el("dd", value))]
     scores = facts.sidecar.scores
     return el(
