@@ -90,8 +90,17 @@ def open_any(folder: Path, backbone: Backbone) -> Foreword | Ensemble:
 
 
 def _opened(folder: Path, backbone: Backbone, force: bool) -> Ensemble:
-    members = [open_run(f, backbone) for f in members_of(folder)]
+    return Ensemble(open_members(folder, backbone, force), folder, read_sidecar(folder))
+
+
+def open_members(folder: Path, backbone: Backbone, force: bool = False) -> tuple[Foreword, ...]:
+    """The soft prompts of a run, adapter or ensemble folder on a backbone.
+
+    Raises:
+        ForewordError: no adapter there, a damaged one, or one for another backbone (unless ``force``).
+    """
+    members = tuple(open_run(f, backbone) for f in (members_of(folder) if is_ensemble(folder) else (folder,)))
     for member in members:
         refuse_several_tasks(member.adapter)
         check_backbone(member.adapter, backbone, force)
-    return Ensemble(members, folder, read_sidecar(folder))
+    return members

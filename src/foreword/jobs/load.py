@@ -26,7 +26,7 @@ from foreword.evaluation.together import classify_together
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.jobs.prepare import make_encoder, memory_explained
-from foreword.records import Row, Segment, Table, Task
+from foreword.records import Example, Row, Segment, Table, Task
 
 MEMORY_KNOB = "give fewer or shorter rows at a time, or model.dtype=bfloat16"
 RAW = "{text}"
@@ -112,19 +112,20 @@ class Foreword:
 
     def outcome(self, table: Table, progress: Any = silent) -> Outcome:
         """What it does on the labelled rows of a table."""
-        examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
-            label_ids = self.encoder.label_ids
-            layout = self.layout([Segment(e.context, label_ids or (e.target,)) for e in examples])
-            return run_rows(self.backbone, self.prompt, examples, label_ids, layout, progress)
+            examples, layout = self._laid_out(table)
+            return run_rows(self.backbone, self.prompt, examples, self.encoder.label_ids, layout, progress)
 
     def plain_outcome(self, table: Table, progress: Any = silent) -> Outcome:
         """What the backbone does on them zero-shot, by the template alone."""
-        examples = self.encoder.examples(table)
         with memory_explained(MEMORY_KNOB):
-            label_ids = self.encoder.label_ids
-            layout = self.layout([Segment(e.context, label_ids or (e.target,)) for e in examples])
-            return run_plain(self.backbone, examples, label_ids, layout, progress)
+            examples, layout = self._laid_out(table)
+            return run_plain(self.backbone, examples, self.encoder.label_ids, layout, progress)
+
+    def _laid_out(self, table: Table) -> tuple[list[Example], Layout]:
+        """Labelled rows encoded, and how they share a pass."""
+        examples, label_ids = self.encoder.examples(table), self.encoder.label_ids
+        return examples, self.layout([Segment(e.context, label_ids or (e.target,)) for e in examples])
 
     def trained_on(self, table: Table) -> bool:
         """Whether these are the very rows the soft prompt was trained on."""

@@ -33,7 +33,7 @@ from foreword.prompts.methods.registry import find
 from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_loss, select
-from foreword.tuning.halving import Budget, Rung, plan
+from foreword.tuning.halving import Budget, Rung, cost, plan
 from foreword.tuning.space import Candidate, Listed, Optuna, Sampler, candidates
 
 SEARCH = "search"
@@ -209,8 +209,8 @@ class _Search:
         for number, rung in enumerate(budget.rungs[1:], start=1):
 
             def decide(rung: Rung = rung) -> dict[str, Any]:
-                cost = (self.recipe.tune.folds - 1) * rung.epochs / self.workshop.epochs
-                affordable = int((self._units_left() - budget.members) / cost)
+                each = cost(rung.epochs, self.workshop.epochs, self.recipe.tune.folds)
+                affordable = int((self._units_left() - budget.members) / each)
                 return {"candidates": max(1, min(rung.candidates, affordable))}
 
             yield Rung(self._decided(f"rung-{number}", decide)["candidates"], rung.epochs)
@@ -223,8 +223,8 @@ class _Search:
 
     def _units_left(self) -> float:
         """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
-        tune, epochs = self.recipe.tune, self.workshop.epochs
-        done = sum((tune.folds - 1) * t.epochs / epochs for t in self.trials)
+        tune = self.recipe.tune
+        done = sum(cost(t.epochs, self.workshop.epochs, tune.folds) for t in self.trials)
         if not tune.minutes:
             return tune.trainings - done
         spent = sum(t.seconds for t in self.trials)

@@ -21,12 +21,9 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
     """The card: what it is, template and label words, scores with intervals, how to load it."""
     base = str(sidecar.backbone["name"])
     library = "foreword" if adapter["peft_type"] == PLACED else "peft"
-    front: dict[str, Any] = {"library_name": library, "tags": ["foreword", "soft-prompt", "prompt-tuning"]}
-    if HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
-        front["base_model"] = base
     task = sidecar.task
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
+        *_front(library, "prompt-tuning", base),
         "# Soft prompt", "",
         f"{adapter['num_virtual_tokens']} virtual tokens ({_kind(adapter)}) for the frozen model "
         f"`{base}`, {_origin(sidecar)}.", "",
@@ -38,15 +35,12 @@ def model_card(adapter: Mapping[str, Any], sidecar: Sidecar) -> str:
 
 def ensemble_card(members: Sequence[str], sidecar: Sidecar) -> str:
     """The card of an ensemble's folder: its members, template, label words, scores, how to load it."""
-    front: dict[str, Any] = {"library_name": "foreword", "tags": ["foreword", "soft-prompt", "ensemble"]}
     base = str(sidecar.backbone["name"])
-    if HUB_ID.fullmatch(base) and not Path(base).exists():
-        front["base_model"] = base
     task = sidecar.task
     row = json.dumps({f.column: "..." for f in parse(task.template).fields}, ensure_ascii=False)
     ours = f'import foreword\ntask = foreword.load("<this folder or repository>")\nprint(task.predict([{row}]))'
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", "",
+        *_front("foreword", "ensemble", base),
         "# Ensemble of soft prompts", "",
         f"{len(members)} soft prompts for the frozen model `{base}`, {_origin(sidecar)}. Their label probabilities are "
         "averaged. Each folder under `members` is an adapter by itself.", "",
@@ -55,6 +49,14 @@ def ensemble_card(members: Sequence[str], sidecar: Sidecar) -> str:
         *_classes(sidecar), *_scores(sidecar.scores), "## Use", "", *_fenced(ours, "python"), "", *_training(sidecar),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _front(library: str, tag: str, base: str) -> list[str]:
+    """The hub's YAML; the base is named where it is a hub model."""
+    front: dict[str, Any] = {"library_name": library, "tags": ["foreword", "soft-prompt", tag]}
+    if HUB_ID.fullmatch(base) and not Path(base).exists():  # folders may look like ids: models/llama
+        front["base_model"] = base
+    return ["---", yaml.safe_dump(front, sort_keys=True).rstrip(), "---", ""]
 
 
 def _kind(adapter: Mapping[str, Any]) -> str:

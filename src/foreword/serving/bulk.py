@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from foreword.artifact.ensemble import is_ensemble, read_ensemble
 from foreword.backbone.generate import Sampling
 from foreword.backbone.load import load_backbone
 from foreword.config import ModelConfig
@@ -20,13 +19,14 @@ from foreword.data.encode import rows_hash
 from foreword.data.raft import RaftTask
 from foreword.data.sources import parse_csv
 from foreword.errors import ForewordError
+from foreword.jobs.ensemble import Ensemble, load_any, open_members
 from foreword.jobs.load import Foreword, Prediction, load
 from foreword.records import Row, Table
 from foreword.serving.batch import Batch, NamedRows, in_order, named_by_column
 from foreword.serving.engine import Capabilities, Decoding, Engine, EngineError, Rows
 from foreword.serving.engines.transformers import TransformersConfig, TransformersEngine, make
 from foreword.serving.gateway.launch import engine_config, engine_of
-from foreword.serving.predictions import UNIT, Members, Predictor, open_members, revision
+from foreword.serving.predictions import UNIT, Members, Predictor, revision
 from foreword.serving.registry import Loaded, Member, Registry
 from foreword.serving.results import Results, open_results
 from foreword.serving.settings import ServeSettings
@@ -67,9 +67,7 @@ class Loading:
 
     def load(self, run: str) -> Foreword:
         """A run or adapter with its backbone."""
-        return load(
-            run, model=self.model, device=self.device, dtype=self.dtype, revision=self.revision, force=self.force
-        )
+        return load(run, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,8 @@ def predict_raft(run: str, loading: Loading, task: RaftTask, files: Files) -> No
 
 
 def _members(run: str, loading: Loading) -> Members:
-    folder = Path(run).expanduser()
-    if not is_ensemble(folder):
-        return (loading.load(run),)
-    first = loading.load(str(read_ensemble(folder)[0]))
-    return open_members(folder, first.backbone, loading.force)
+    found = load_any(run, **asdict(loading))
+    return found.members if isinstance(found, Ensemble) else (found,)
 
 
 def generate_run(run: str, loading: Loading, settings: ServeSettings, sampling: Sampling, files: Files) -> None:

@@ -12,16 +12,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from foreword.artifact.ensemble import is_ensemble, read_ensemble
 from foreword.artifact.folder import weights_bytes
 from foreword.backbone.choose import Layout, choose_layout
-from foreword.backbone.load import Backbone
 from foreword.errors import ForewordError
 from foreword.evaluation.scoring import Floats, classify
-from foreword.jobs.load import MEMORY_KNOB, Foreword, Prediction, open_run
-from foreword.jobs.match import check_backbone, refuse_several_tasks
+from foreword.jobs.load import MEMORY_KNOB, Foreword, Prediction
 from foreword.jobs.prepare import memory_explained
 from foreword.records import Segment
 from foreword.serving.batch import NamedRows, group_by_name, mean_prediction
@@ -32,19 +28,6 @@ KEPT_BYTES = 1 << 28
 """Of soft prompts kept in memory; the longest unused goes first and is read again when it is named."""
 Members = tuple[Foreword, ...]
 """One soft prompt, or those of an ensemble."""
-
-
-def open_members(folder: Path, backbone: Backbone, force: bool = False) -> Members:
-    """The soft prompts of a run, adapter or ensemble folder on a backbone.
-
-    Raises:
-        ForewordError: no adapter there, a damaged one, or one for another backbone (unless ``force``).
-    """
-    members = tuple(open_run(f, backbone) for f in (read_ensemble(folder) if is_ensemble(folder) else (folder,)))
-    for member in members:
-        refuse_several_tasks(member.adapter)
-        check_backbone(member.adapter, backbone, force)
-    return members
 
 
 def revision(members: Members) -> str:

@@ -35,8 +35,13 @@ class Budget:
 
     def units(self, folds: int, epochs: int) -> float:
         """What it costs, in trainings on all rows."""
-        search = sum(r.candidates * r.epochs / epochs * (folds - 1) for r in self.rungs)
+        search = sum(r.candidates * cost(r.epochs, epochs, folds) for r in self.rungs)
         return search + self.members
+
+
+def cost(spent: int, epochs: int, folds: int) -> float:
+    """What a candidate costs that trains ``spent`` of ``epochs`` without each fold, in trainings on all rows."""
+    return (folds - 1) * spent / epochs
 
 
 def plan(units: float, space: int, epochs: int, folds: int, members: int) -> Budget:
@@ -50,13 +55,12 @@ def plan(units: float, space: int, epochs: int, folds: int, members: int) -> Bud
         members: the most that are wanted.
     """
     first = max(1, math.ceil(epochs * FIRST_EPOCHS))
-    cost = folds - 1
-    wanted = space * first / epochs * cost + math.ceil(space / ETA) * cost
+    little, whole = cost(first, epochs, folds), cost(epochs, epochs, folds)
+    wanted = space * little + math.ceil(space / ETA) * whole
     share = min(units * SEARCH_SHARE, wanted)
     kept = max(1, min(members, math.floor(units - share)))
     share = max(share, units - kept)
-    # n candidates at a share s of the epochs, n / ETA of them at all: n * cost * (s + 1 / ETA)
-    count = round(share / (cost * (first / epochs + 1 / ETA)))
+    count = round(share / (little + whole / ETA))  # one in ETA trains for all epochs as well
     count = max(2, min(count, space)) if space > 1 else 1
     if count == 1:
         return Budget((Rung(1, epochs),), kept)
