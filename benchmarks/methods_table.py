@@ -28,6 +28,10 @@ FACTS: dict[str, tuple[str, str]] = {
         "the same, with 30 times the numbers to train",
     ),
     "prefix-tuning (random start)": ("keys and values, from random rows", "only where there is no text to start from"),
+    "context-tuning": (
+        "keys and values that reading some of the rows leaves",
+        "few rows; `foreword tune` tries it first",
+    ),
     "multitask": ("rows times low-rank factors", "targets that start from several source tasks"),
     "cpt": ("small moves of few-shot examples' rows", "examples that already work, no room to overfit"),
     "cartridge": ("keys and values but the first token's", "long texts: `foreword distill`"),

@@ -6,6 +6,7 @@ No contender sees a test row's label, and nobody chooses anything by test rows.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,12 @@ from foreword.data.encode import Encoder
 from foreword.data.sources import rows_table
 from foreword.data.template import parse
 from foreword.evaluation.scoring import classify
+from foreword.jobs.candidates import EPOCHS_SHARE
 from foreword.jobs.prepare import embedded, make_encoder
 from foreword.prompts.initialisers import from_text
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment, Task
+from foreword.training.state import epochs_for
 
 GUIDE_TOKENS, GUIDE_EPOCHS, GUIDE_BATCH = 8, 50, 8
 C_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -188,6 +191,17 @@ def default(job: Job) -> dict[str, Answer]:
     return {"default": Answer(predicted(task, job.split.test))}
 
 
+def context(job: Job) -> dict[str, Answer]:
+    """``foreword.train`` by context tuning, with half of a training's epochs as ``foreword tune`` has it."""
+    epochs = math.ceil(epochs_for(len(job.split.train)) * EPOCHS_SHARE)
+    task = foreword.train(
+        model=job.bench.model, data=job.split.train, template=job.data.template, label="label",
+        out=job.folder / "context", prompt={"method": "context-tuning"},
+        train={"seed": job.seed, "epochs": epochs, **job.bench.train}, quiet=True,
+    )  # fmt: skip
+    return {"context": Answer(predicted(task, job.split.test))}
+
+
 def tune(job: Job) -> dict[str, Answer]:
     """``foreword tune`` on the training rows: its ensemble and its best member, with what it expects of each."""
     out, bench = job.folder / "tune", job.bench
@@ -262,6 +276,7 @@ CONTENDERS: dict[str, Callable[[Job], dict[str, Answer]]] = {
     "guide": guide,
     "guide-peft": guide_peft,
     "default": default,
+    "context": context,
     "tune": tune,
 }
 """What ``--contenders`` takes, the cheapest first."""

@@ -39,6 +39,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "low-rank": {"rank": 2},
     "prefix-tuning": {},
     "prefix-projection": {"method": "prefix-tuning", "projection": True, "encoder_size": 16},
+    "context-tuning": {},
     "multitask": {"rank": 2},
     "cpt": {"virtual_tokens": 60},
     "cartridge": {},
@@ -46,6 +47,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
 TYPES = {
     "prompt-tuning": "PROMPT_TUNING", "p-tuning": "P_TUNING", "p-tuning-lstm": "P_TUNING", "residual": "PROMPT_TUNING",
     "low-rank": "PROMPT_TUNING", "prefix-tuning": "PREFIX_TUNING", "prefix-projection": "PREFIX_TUNING",
+    "context-tuning": "PREFIX_TUNING",
     "multitask": "MULTITASK_PROMPT_TUNING", "cpt": "CPT", "cartridge": "CARTRIDGE",
 }  # fmt: skip
 pytestmark = [

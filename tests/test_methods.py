@@ -31,6 +31,7 @@ CASES = {
     "prefix-tuning projection": PromptConfig(method="prefix-tuning", projection=True, encoder_size=4),
     "multitask": PromptConfig(method="multitask", rank=2),
     "cpt": PromptConfig(method="cpt"),
+    "context-tuning": PromptConfig(method="context-tuning"),
     "cartridge": PromptConfig(method="cartridge", frozen_tokens=2),
 }
 DRAWING = [name for name in CASES if name.startswith(("p-tuning", "residual", "multitask")) or "projection" in name]
@@ -80,13 +81,14 @@ def test_kinds_and_peft_types() -> None:
         "residual": ("rows", "PROMPT_TUNING"),
         "low-rank": ("rows", "PROMPT_TUNING"),
         "prefix-tuning": ("prefix", "PREFIX_TUNING"),
+        "context-tuning": ("prefix", "PREFIX_TUNING"),
         "multitask": ("rows", "MULTITASK_PROMPT_TUNING"),
         "cpt": ("rows", "CPT"),
         "cartridge": ("prefix", "CARTRIDGE"),
     }
 
 
-@pytest.mark.parametrize("name", ["prompt-tuning", "residual", "prefix-tuning", "cpt", "cartridge"])
+@pytest.mark.parametrize("name", ["prompt-tuning", "residual", "prefix-tuning", "context-tuning", "cpt", "cartridge"])
 @pytest.mark.parametrize("projection", [False, True])
 def test_first_output_is_the_start_itself(name: str, projection: bool) -> None:
     method = build(start(), PromptConfig(method=name, projection=projection), generator())

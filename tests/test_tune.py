@@ -22,10 +22,11 @@ from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
 from foreword.tuning.ensemble import log_loss, mean_table, select
 from foreword.tuning.halving import plan
-from foreword.tuning.space import Listed, Optuna, candidates
+from foreword.tuning.space import Known, Listed, Optuna, candidates
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
-RATES = {"prefix-tuning": 0.03, "prompt-tuning": 0.03, "residual": 0.01}
+KNOWN = {"prefix-tuning": Known(0.03), "prompt-tuning": Known(0.03), "residual": Known(0.01)}
+KNOWN["context-tuning"] = Known(0.003, "examples", 256)
 SMALL: Mapping[str, Any] = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
 
 
@@ -70,18 +71,28 @@ def test_a_larger_budget_searches_no_less() -> None:
     assert plans[-1].members == 8
 
 
-def test_the_list_tries_every_method_before_a_second_of_one() -> None:
+def test_the_list_tries_all_rates_of_a_start_then_the_next_method() -> None:
     config = TuneConfig(methods=("prefix-tuning", "prompt-tuning", "residual"), lr_factors=(1.0, 0.3))
-    asked = Listed(config, RATES).ask(100)
-    assert {c.method for c in asked[:3]} == set(config.methods)
-    assert sorted(map(str, asked)) == sorted(map(str, candidates(config, RATES)))
+    asked = Listed(config, KNOWN).ask(100)
+    assert [c.method for c in asked[:6]] == [m for m in config.methods for _ in range(2)]
+    assert {c.init for c in asked[:6]} == {"text"}
+    assert sorted(map(str, asked)) == sorted(map(str, candidates(config, KNOWN)))
     assert asked[0].lr == 0.03
     assert {c.lr for c in asked if c.method == "residual"} == {0.01, 0.003}
 
 
+def test_what_starts_from_rows_has_its_own_start_and_length() -> None:
+    config = TuneConfig(methods=("context-tuning", "prefix-tuning"), virtual_tokens=(8, 16), lr_factors=(1.0, 0.3))
+    for found in (candidates(config, KNOWN), Optuna(config, KNOWN, seed=0).ask(12)):
+        own = [c for c in found if c.method == "context-tuning"]
+        assert own and {(c.init, c.virtual_tokens) for c in own} == {("examples", 256)}
+        assert all(c.init != "examples" and c.virtual_tokens in (8, 16) for c in found if c not in own)
+    assert [c.lr for c in candidates(config, KNOWN)][:2] == [0.003, 0.0009]
+
+
 def test_optuna_stays_in_the_space_and_goes_where_the_loss_is_low() -> None:
     config = TuneConfig(methods=("prefix-tuning", "prompt-tuning"), virtual_tokens=(8, 16))
-    sampler = Optuna(config, RATES, seed=0)
+    sampler = Optuna(config, KNOWN, seed=0)
     asked = sampler.ask(12)
     for candidate in asked:
         sampler.tell(candidate, 0.1 if candidate.method == "prompt-tuning" else 2.0)

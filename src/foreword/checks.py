@@ -76,7 +76,9 @@ def check_distill(recipe: Recipe) -> None:
     )
     needs_rows = "few-shot examples need labelled rows"
     _need(not given.few_shot or bool(recipe.data.path), "distill.few_shot", needs_rows, "add --data FILE")
-    _need(recipe.prompt.method != "cpt", "prompt.method", "cpt starts from rows, not from a text", "leave it out")
+    for method in ("cpt", "context-tuning"):
+        what = f"{method} starts from rows, not from a text"
+        _need(recipe.prompt.method != method, "prompt.method", what, "leave it out")
     _need(recipe.prompt.method != "multitask", "prompt.method", "multitask is for several tasks", "leave it out")
     _need(recipe.prompt.virtual_tokens > 0, "prompt.virtual_tokens", "a text is longer than its soft prompt", "give it")
     only_last = "the student follows its teacher and is not chosen by labels"
@@ -218,13 +220,14 @@ def _check_method(recipe: Recipe) -> None:
         "keep one of them",
     )
     elsewhere = bool(placed) or prompt.placement != "front"
-    if prompt.method in ("prefix-tuning", "cartridge"):
+    if prompt.method in ("prefix-tuning", "context-tuning", "cartridge"):
         what = f"{prompt.method} stands in the cache before everything and cannot be placed in the text"
         _need(not elsewhere, "prompt.placement", what, "prompt.method=prompt-tuning")
+    if prompt.method in ("cpt", "context-tuning"):
+        several_inits = f"{prompt.method} starts from training rows and takes no other initialiser"
+        _need(prompt.init == PromptConfig().init, "prompt.init", several_inits, "leave prompt.init out")
     if prompt.method == "cpt":
         _need(not elsewhere, "prompt.placement", "cpt reads its examples before everything", "prompt.placement=front")
-        several_inits = "cpt starts from training rows and takes no other initialiser"
-        _need(prompt.init == PromptConfig().init, "prompt.init", several_inits, "leave prompt.init out")
         read_twice = "rows held out of a fold would be read as cpt's examples"
         _need(not recipe.data.folds, "data.folds", read_twice, "data.eval_fraction=0.2")
     default = PromptConfig().virtual_tokens

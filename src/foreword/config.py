@@ -85,10 +85,11 @@ class PromptConfig:
     """The soft prompt."""
 
     method: str = "prompt-tuning"
-    """prompt-tuning, p-tuning, residual, low-rank, prefix-tuning, multitask, cpt or cartridge."""
+    """prompt-tuning, p-tuning, residual, low-rank, prefix-tuning, context-tuning, multitask, cpt or cartridge."""
     virtual_tokens: int = 16
     """Number of virtual tokens, P; 0: as many as the text or adapter it starts from. cpt: most tokens of its
-    examples; 0 and the default: one row of each class."""
+    examples; 0 and the default: one row of each class. context-tuning: 0 and the default: 256, at most a
+    quarter of what the model reads."""
     placement: str = "front"
     """Where the virtual tokens stand: front (PEFT's), after-bos, or end (behind the context). A template
     with {soft:N} in it says so itself."""
@@ -125,8 +126,8 @@ class TrainConfig:
     """The optimisation."""
 
     lr: float | tuple[float, ...] = 0.0
-    """Learning rate; 0: the method's own (0.03; cpt, residual, cartridge 0.01; p-tuning 0.001; a projection
-    0.0005). A list: a population."""
+    """Learning rate; 0: the method's own (0.03; context-tuning, cpt, residual, cartridge 0.01; p-tuning 0.001;
+    a projection 0.0005). A list: a population."""
     epochs: int = 0
     """Passes over the training rows; 0: 30 for up to 100 rows, then fewer, 3 from 1,000 on (tune: half of that)."""
     batch_size: int = 8
@@ -194,12 +195,13 @@ class TuneConfig:
     """Most soft prompts in the ensemble; 1: a single one."""
     folds: int = 3
     """Parts of the rows, each left out once to score what was trained on the others."""
-    methods: tuple[str, ...] = ("prefix-tuning", "prompt-tuning", "low-rank")
+    methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")
-    """Initialisers to try, the likelier first; + classes without a number takes one row a class."""
+    """Initialisers to try, the likelier first; + classes without a number takes one row a class.
+    context-tuning has its own."""
     virtual_tokens: tuple[int, ...] = (16,)
-    """Numbers of virtual tokens to try."""
+    """Numbers of virtual tokens to try; context-tuning has its own."""
     lr_factors: tuple[float, ...] = (1.0, 0.3, 0.1)
     """Learning rates to try, as multiples of the method's own."""
     sampler: str = "list"

@@ -25,7 +25,7 @@ from foreword.data.encode import Encoder
 from foreword.evaluation.evaluate import Outcome, run_rows
 from foreword.evaluation.scoring import target_logprobs
 from foreword.jobs.data import Splits
-from foreword.jobs.prepare import first_method, make_encoder
+from foreword.jobs.prepare import beginnings, make_encoder
 from foreword.jobs.training import Trained, train_in
 from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.registry import METHODS
@@ -88,10 +88,8 @@ class Workshop:
         return self._ready[group]
 
     def method(self, candidate: Candidate, seed: int) -> Method:
-        """Its soft prompt before the first step."""
-        ready = self.ready(candidate)
-        member = member_of(candidate, seed)
-        return first_method(ready.prompt, self.splits.task, ready.encoder, self.backbone, member, None)
+        """Its soft prompt before the first step on all rows."""
+        return self._beginnings([(candidate, seed)], self.ready(candidate).examples)[0][0]
 
     def layout(self, candidate: Candidate) -> Choice:
         """How its rows share a pass, proved once for each kind of soft prompt."""
@@ -107,12 +105,20 @@ class Workshop:
     ) -> Trained:
         """Trains candidates of one group, each with its seed, on the rows of these numbers."""
         first = group[0][0]
-        examples = self.ready(first).examples
+        examples = [self.ready(first).examples[i] for i in rows]
+        methods, shown = self._beginnings(group, examples)
         return train_in(
-            folder, self.backbone, [self.method(c, seed) for c, seed in group], [member_of(c, s) for c, s in group],
-            [examples[i].segment for i in rows], self.train_config(epochs), self.layout(first), self.console,
-            title=title,
+            folder, self.backbone, methods, [member_of(c, s) for c, s in group], [e.segment for e in examples],
+            self.train_config(epochs), self.layout(first), self.console, title=title, shown=shown,
         )  # fmt: skip
+
+    def _beginnings(
+        self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]
+    ) -> tuple[list[Method], list[tuple[int, ...]]]:
+        """The group's soft prompts before the first step on these rows, and which of them these show."""
+        ready = self.ready(group[0][0])
+        members = [member_of(c, s) for c, s in group]
+        return beginnings(ready.prompt, self.splits.task, ready.encoder, self.backbone, members, examples)
 
     def train_config(self, epochs: int) -> TrainConfig:
         """The optimisation for so many epochs."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from foreword.data.encode import Encoder
 from foreword.data.template import Field
@@ -17,7 +20,7 @@ INPUT_TEMPLATE, INPUT, OUTPUT_TEMPLATE, LABEL = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class FewShot:
-    """Examples one after the other: ``ids`` and ``types`` ``[N]``, and how many rows they are."""
+    """Examples one after the other: ``ids`` ``[N]``, their ``types`` where a method asks for them, and which rows."""
 
     ids: tuple[int, ...]
     types: tuple[int, ...]
@@ -52,6 +55,32 @@ def few_shot(encoder: Encoder, table: Table, examples: Sequence[Example], limit:
     if not chosen:
         raise ForewordError(f"no row fits {limit} tokens", table.origin, "raise prompt.virtual_tokens")
     return FewShot(tuple(ids), tuple(types), tuple(chosen))
+
+
+def shown_in(encoder: Encoder, examples: Sequence[Example], tokens: int, seed: int) -> FewShot:
+    """Rows with their targets, drawn by a seed, the classes in turn: text of exactly ``tokens`` tokens.
+
+    How many rows follows from their mean length alone, so that every seed leaves as many to train on; at most half of
+    them. The text is cut at its beginning (but for what the tokenizer puts there), or read again where it is short.
+
+    Args:
+        encoder: of the task, without virtual tokens in its contexts.
+        examples: the rows, encoded; at least two.
+        tokens: length of the text.
+        seed: of the draw.
+    """
+    lead: list[int] = list(encoder.tokenizer("")["input_ids"])
+    end = list(encoder.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"])
+    texts = [[*e.context[len(lead) :], *e.target[:-1], *end] for e in examples]
+    count = math.ceil(tokens * len(texts) / sum(map(len, texts)))
+    count = max(1, min(count, len(texts) // 2))
+    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [drawn[i] for i in _in_turn([examples[i] for i in drawn])[:count]]
+    text = [token for i in rows for token in texts[i]]
+    room = max(tokens - len(lead), 0)
+    text *= math.ceil(room / len(text))
+    ids = [*lead, *text[len(text) - room :]][:tokens]
+    return FewShot(tuple(ids), (), tuple(rows))
 
 
 def _in_turn(examples: Sequence[Example]) -> list[int]:

@@ -16,14 +16,15 @@ from foreword.config import Member, PromptConfig, several
 from foreword.data.encode import Encoder
 from foreword.data.template import parse
 from foreword.errors import ForewordError
-from foreword.jobs.fewshot import FewShot
+from foreword.jobs.fewshot import FewShot, shown_in
 from foreword.jobs.match import check_backbone, refuse_several_tasks
 from foreword.prompts import initialisers as init
 from foreword.prompts.initialisers import parse_init
 from foreword.prompts.methods.base import Method, Start
+from foreword.prompts.methods.context_tuning import own_tokens
 from foreword.prompts.methods.registry import METHODS, build
 from foreword.prompts.soft import Kind
-from foreword.records import Task
+from foreword.records import Example, Task
 
 
 def make_encoder(task: Task, backbone: Backbone, tokens: int, kind: Kind = "rows", first: int = 0) -> Encoder:
@@ -62,6 +63,8 @@ def settle_tokens(config: PromptConfig, task: Task, backbone: Backbone) -> Promp
     placed = parse(task.template).soft_tokens
     if placed:
         return replace(config, virtual_tokens=placed)
+    if METHODS[config.method].shows_rows and config.virtual_tokens in (0, PromptConfig().virtual_tokens):
+        return replace(config, virtual_tokens=own_tokens(backbone.window))
     if config.virtual_tokens or config.method == "cpt":  # whose tokens are its examples'
         return config
     names = {name for init in several(config.init) for name, _ in parse_init(init, 0)}
@@ -87,13 +90,14 @@ def first_method(
         encoder: of the task.
         backbone: the model.
         member: initialiser and seed.
-        examples: rows to start from (cpt).
+        examples: rows to start from (cpt, context-tuning).
     """
     generator = torch.Generator().manual_seed(member.seed)
+    kind = METHODS[config.method].kind
     if examples is not None:
         rows = embedded(backbone, examples.ids)
-        return build(Start(rows, token_ids=examples.ids, token_types=examples.types), config, generator)
-    kind = METHODS[config.method].kind
+        values = compiled(backbone, rows) if kind == "prefix" else rows
+        return build(Start(values, token_ids=examples.ids, token_types=examples.types), config, generator)
     adapter = _adapter(config, backbone) if member.init == "adapter" else None
     if kind == "prefix" and member.init == "zero":
         return build(Start(torch.zeros(config.virtual_tokens, backbone.geometry.width)), config, generator)
@@ -112,6 +116,34 @@ def first_method(
         return build(Start(tensors["prompt_embeddings"].float(), factors=factors), config, generator)
     rows = _first_rows(config, task, encoder, backbone, member.init, generator)
     return build(Start(compiled(backbone, rows) if kind == "prefix" else rows), config, generator)
+
+
+def beginnings(
+    config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, members: Sequence[Member],
+    examples: Sequence[Example], few_shot: FewShot | None = None,
+) -> tuple[list[Method], list[tuple[int, ...]]]:  # fmt: skip
+    """What members train: their soft prompts before the first step, and the indices of the rows these show.
+
+    Args:
+        config: with its number of virtual tokens.
+        task: what is learnt.
+        encoder: of the task.
+        backbone: the model.
+        members: initialisers and seeds.
+        examples: the rows they train on.
+        few_shot: rows that all start from (cpt).
+
+    Raises:
+        ForewordError: there are too few rows to show some and train on others.
+    """
+    shown = [few_shot] * len(members)
+    if shows := METHODS[config.method].shows_rows:
+        if len(examples) < 2:
+            what = f"{config.method} shows some rows and trains on others: it needs two, not {len(examples)}"
+            raise ForewordError(what, "key prompt.method", "give more rows, or prompt.method=prefix-tuning")
+        shown = [shown_in(encoder, examples, config.virtual_tokens, m.seed) for m in members]
+    methods = [first_method(config, task, encoder, backbone, m, f) for m, f in zip(members, shown, strict=True)]
+    return methods, [f.rows for f in shown if f is not None] if shows else []
 
 
 def _first_rows(

@@ -26,7 +26,7 @@ from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plai
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.fewshot import FewShot, few_shot
-from foreword.jobs.prepare import first_method, instruction, make_encoder, memory_explained, settle_tokens
+from foreword.jobs.prepare import beginnings, instruction, make_encoder, memory_explained, settle_tokens
 from foreword.jobs.report import Scored, write_report
 from foreword.jobs.training import Trained, say, train_in, validator
 from foreword.prompts.initialisers import parse_init
@@ -110,9 +110,7 @@ class _Job:
         self.validation = self.encoder.examples(splits.validation) if splits.validation else []
         self.held_out = self.encoder.examples(splits.held_out) if splits.held_out else []
         self.members = with_rates(members(recipe), recipe.prompt)
-        self.methods = [
-            first_method(self.prompt, splits.task, self.encoder, self.backbone, m, self.few_shot) for m in self.members
-        ]
+        self.methods, self.shown = self._beginnings(self.examples)
         self.layout: Choice = choose_layout(self.backbone, self.methods[0].soft_prompt(), self._layout_sample())
         self._introduce()
 
@@ -224,13 +222,19 @@ class _Job:
         validate = None
         if self.validation and self.recipe.train.select != "last":
             validate = validator(self.backbone, self.validation, self.encoder.label_ids, self.layout)
+        methods, shown = self._beginnings(examples)
         few, decay = self.few_shot, self.prompt.loss_decay
         # The row's own label is the last one and counts in full: those in the context decay from it.
         leads = [(at, t, w * decay) for at, t, w in label_targets(few.ids, few.types, decay)] if few else []
         return train_in(
-            folder, self.backbone, self.methods, self.members, [e.segment for e in examples], self.recipe.train,
-            self.layout, self.console, validate, title, leads,
+            folder, self.backbone, methods, self.members, [e.segment for e in examples], self.recipe.train,
+            self.layout, self.console, validate, title, leads, shown,
         )  # fmt: skip
+
+    def _beginnings(self, examples: Sequence[Example]) -> tuple[list[Method], list[tuple[int, ...]]]:
+        """The members' soft prompts before the first step on these rows, and which of them these show."""
+        task = self.splits.task
+        return beginnings(self.prompt, task, self.encoder, self.backbone, self.members, examples, self.few_shot)
 
     def _settle_prompt(self) -> PromptConfig:
         """The prompt with its number of virtual tokens, and the rows it is made of (cpt)."""
@@ -253,7 +257,8 @@ class _Job:
         """Model, device, rows, layout and the guide's line of trainable parameters."""
         b, trainable = self.backbone, sum(p.numel() for m in self.methods for p in m.parameters() if p.requires_grad)
         total = b.parameters + trainable
-        plan = make_plan(len(self.examples), self.recipe.train)
+        shown = max(map(len, self.shown), default=0)
+        plan = make_plan(len(self.examples) - shown, self.recipe.train)
         kind = f"{len(self.splits.task.classes)} classes" if self.splits.task.classifies else "free text"
         p = self.prompt
         where = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +64,16 @@ def train_in(
     validate: Validate | None = None,
     title: str = "training",
     leads: Leads = (),
+    shown: Sequence[Collection[int]] = (),
 ) -> Trained:
-    """Trains a population from ``methods``, or from the folder's checkpoint, on rows with whole contexts."""
+    """Trains a population from ``methods``, or from the folder's checkpoint, on rows with whole contexts.
+
+    ``shown`` are the indices of the rows that each member shows and does not train on, as many of each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    population = start(methods, members, config, make_plan(len(rows), config), backbone.device)
+    plan = make_plan(len(rows) - max(map(len, shown), default=0), config)
+    left = [tuple(i for i in range(len(rows)) if i not in mine) for mine in shown]
+    population = start(methods, members, config, plan, backbone.device, left)
     if (checkpoint := read_checkpoint(folder)) is not None:
         population.restore(checkpoint)
         say(console, f"resumed after step {population.step} of {population.plan.steps}")

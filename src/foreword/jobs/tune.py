@@ -29,12 +29,13 @@ from foreword.jobs.prepare import memory_explained
 from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
 from foreword.jobs.training import say
 from foreword.jobs.tuned import Expected, Made, write_tuned
-from foreword.prompts.methods.registry import find
+from foreword.prompts.methods.context_tuning import own_tokens
+from foreword.prompts.methods.registry import EXAMPLES, find
 from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_loss, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import Candidate, Listed, Optuna, Sampler, candidates
+from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -132,16 +133,22 @@ class _Search:
     def _sampler(self) -> tuple[Sampler, int]:
         """What proposes candidates, of the methods that this backbone can do, and how many there are."""
         config = self.recipe.tune
-        rates = {m: find(m).rate(self.recipe.prompt) for m in config.methods}
+        known = {m: self._known(m) for m in config.methods}
         config = replace(config, inits=tuple(dict.fromkeys(self._sized(i) for i in config.inits)))
-        able = tuple(m for m in config.methods if self._works(candidates(replace(config, methods=(m,)), rates)[0]))
+        able = tuple(m for m in config.methods if self._works(candidates(replace(config, methods=(m,)), known)[0]))
         if not able:
             raise ForewordError("no method of the list works with this backbone", "key tune.methods", "give others")
         config = replace(config, methods=able)
-        space = candidates(config, rates)
+        space = candidates(config, known)
         if config.sampler == "optuna":
-            return Optuna(config, rates, config.seed), max(len(space), 4 * len(able))
-        return Listed(config, rates), len(space)
+            return Optuna(config, known, config.seed), max(len(space), 4 * len(able))
+        return Listed(config, known), len(space)
+
+    def _known(self, method: str) -> Known:
+        """What a method says itself."""
+        found = find(method)
+        rate = found.rate(self.recipe.prompt)
+        return Known(rate, EXAMPLES, own_tokens(self.workshop.backbone.window)) if found.shows_rows else Known(rate)
 
     def _sized(self, init: str) -> str:
         """``+classes`` without a number takes a row a class, as far as half of the smallest soft prompt goes.
@@ -156,8 +163,8 @@ class _Search:
         return f"{init}:{max(1, min(len(self.splits.task.classes), room))}"
 
     def _works(self, candidate: Candidate) -> bool:
-        check(replace(self.recipe, prompt=self.workshop.ready(candidate).prompt))
         try:
+            check(replace(self.recipe, prompt=self.workshop.ready(candidate).prompt))
             self.workshop.method(candidate, 0)
         except ForewordError as e:
             if len(self.recipe.tune.methods) == 1:

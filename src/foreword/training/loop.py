@@ -70,7 +70,7 @@ def train(
     saved, took = time.monotonic(), 0.0
     while states := population.training:
         steps = range(population.step, min(population.step + AHEAD, population.plan.steps))
-        engine.load(states, ([[segments[i] for i in _batch(population, s, t)] for s in states] for t in steps))
+        engine.load(states, ([[segments[i] for i in population.batch(s, t)] for s in states] for t in steps))
         for _ in steps:
             log.step(states, [rate(s.schedule) for s in states], engine.step())
             done = _validate(population, states, config, hooks, log)
@@ -168,10 +168,6 @@ def _keep_best(scores: dict[str, float], state: State, config: TrainConfig) -> b
         state.stale += 1
     state.stopped = bool(config.patience) and state.stale >= config.patience
     return better
-
-
-def _batch(population: Population, state: State, step: int) -> list[int]:
-    return population.plan.batch(state.member.seed, step)
 
 
 def _due(config: TrainConfig, step: int, since: float, took: float) -> bool:

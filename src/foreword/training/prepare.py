@@ -106,7 +106,7 @@ def _gradient_checked(
         ForewordError: it is wrong, as those of some quantisations are.
     """
     first = population.training[:1]
-    batch = [segments[i] for i in population.plan.batch(first[0].member.seed, population.step)]
+    batch = [segments[i] for i in population.batch(first[0], population.step)]
     part = reader.read([batch[: config.batch_size]])[0]
     (state,) = _copies(first, population, config, backbone)
     generator = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def _trial(
     """Runs a few steps on copies of the members, by the engine and plainly; returns what is wrong, or nothing."""
     states, plan = population.training, population.plan
     ahead = range(population.step, min(population.step + AHEAD, plan.steps))
-    steps = [[[segments[i] for i in plan.batch(s.member.seed, t)] for s in states] for t in ahead]
+    steps = [[[segments[i] for i in population.batch(s, t)] for s in states] for t in ahead]
     batches = max(steps, key=lambda step: sum(s.tokens for batch in step for s in batch))  # what could fail first
     losses = []
     try:

@@ -77,6 +77,8 @@ class State:
     """Mean training loss of the last whole epoch, per step."""
     epoch_losses: list[float] = field(default_factory=list)
     """Losses of the epoch's steps so far."""
+    rows: tuple[int, ...] = ()
+    """Indices of the rows it trains on, as many as the plan has; empty: all."""
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -131,6 +133,11 @@ class Population:
         """Those who have steps to do."""
         return [s for s in self.states if not s.stopped and s.step < self.plan.steps]
 
+    def batch(self, state: State, step: int) -> list[int]:
+        """Indices of the rows that a member reads in step ``step``, counted from 0."""
+        found = self.plan.batch(state.member.seed, step)
+        return [state.rows[i] for i in found] if state.rows else found
+
     @property
     def best(self) -> int:
         """The member with the highest merit; the first of equals."""
@@ -167,14 +174,24 @@ class Population:
 
 
 def start(
-    methods: Sequence[Method], members: Sequence[Member], config: TrainConfig, plan: Plan, device: torch.device
-) -> Population:
-    """Fresh states that begin as copies of ``methods``; soft prompts and optimisers are float32."""
+    methods: Sequence[Method], members: Sequence[Member], config: TrainConfig, plan: Plan, device: torch.device,
+    rows: Sequence[tuple[int, ...]] = (),
+) -> Population:  # fmt: skip
+    """Fresh states that begin as copies of ``methods``; soft prompts and optimisers are float32.
+
+    Args:
+        methods: before the first step, one a member.
+        members: who they are.
+        config: the optimisation.
+        plan: sizes of the run.
+        device: where they train.
+        rows: of each member, what it trains on, where that is not all.
+    """
     states = []
-    for method, member in zip(methods, members, strict=True):
+    for method, member, mine_rows in zip(methods, members, rows or [()] * len(methods), strict=True):
         mine = copy.deepcopy(method).to(device, torch.float32)
         optimizer = build_optimizer([p for p in mine.parameters() if p.requires_grad], config, member.lr)
-        states.append(State(member, mine, optimizer, build_schedule(optimizer, config, plan.steps)))
+        states.append(State(member, mine, optimizer, build_schedule(optimizer, config, plan.steps), rows=mine_rows))
     return Population(states, plan)
 
 

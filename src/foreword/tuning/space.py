@@ -28,6 +28,15 @@ class Candidate:
         return f"{self.method} init={self.init} P={self.virtual_tokens} lr={self.lr:g}"
 
 
+@dataclass(frozen=True)
+class Known:
+    """What a method says itself: its learning rate; initialiser and length where it has its own."""
+
+    lr: float
+    init: str = ""
+    virtual_tokens: int = 0
+
+
 class Sampler(Protocol):
     """Proposes candidates and may learn from how they did."""
 
@@ -39,10 +48,10 @@ class Sampler(Protocol):
 
 
 class Listed:
-    """The space in its own order: no two neighbours of one method, so that few candidates differ much."""
+    """The space in the order of its lists: all rates of a start, then the next method's, then other starts."""
 
-    def __init__(self, config: TuneConfig, rates: Mapping[str, float]) -> None:
-        self._left = list(interleaved(candidates(config, rates)))
+    def __init__(self, config: TuneConfig, known: Mapping[str, Known]) -> None:
+        self._left = list(in_turn(candidates(config, known), len(config.lr_factors)))
 
     def ask(self, count: int) -> list[Candidate]:
         """See ``Sampler``."""
@@ -53,38 +62,45 @@ class Listed:
         """See ``Sampler``; a list learns nothing."""
 
 
-def candidates(config: TuneConfig, rates: Mapping[str, float]) -> list[Candidate]:
+def candidates(config: TuneConfig, known: Mapping[str, Known]) -> list[Candidate]:
     """Every combination, in the order of the lists.
 
     Args:
         config: the lists; ``lr_factors`` multiply each method's own rate.
-        rates: that rate, by method.
+        known: what the methods say themselves.
     """
-    # The rate changes first: it moves the score more than the others do (docs/log.md).
-    product = itertools.product(config.methods, config.inits, config.virtual_tokens, config.lr_factors)
-    return [Candidate(method, init, tokens, round(rates[method] * f, 8)) for method, init, tokens, f in product]
+    found = []
+    for name in config.methods:
+        own = known[name]
+        inits = (own.init,) if own.init else config.inits
+        lengths = (own.virtual_tokens,) if own.virtual_tokens else config.virtual_tokens
+        # The rate changes first: it moves the score more than the others do (docs/log.md).
+        product = itertools.product(inits, lengths, config.lr_factors)
+        found += [Candidate(name, init, tokens, round(own.lr * f, 8)) for init, tokens, f in product]
+    return found
 
 
-def interleaved(found: Sequence[Candidate]) -> Iterator[Candidate]:
-    """The first of every method, the second of every method, and so on."""
+def in_turn(found: Sequence[Candidate], rates: int) -> Iterator[Candidate]:
+    """The first block of ``rates`` candidates of every method, the second of every method, and so on."""
     by_method: dict[str, list[Candidate]] = {}
     for candidate in found:
         by_method.setdefault(candidate.method, []).append(candidate)
-    for row in itertools.zip_longest(*by_method.values()):
-        yield from (c for c in row if c is not None)
+    for at in range(0, max(map(len, by_method.values())), rates):
+        for mine in by_method.values():
+            yield from mine[at : at + rates]
 
 
 class Optuna:
     """The same space through optuna's tree-structured Parzen estimator (Bergstra et al. 2011)."""
 
-    def __init__(self, config: TuneConfig, rates: Mapping[str, float], seed: int) -> None:
+    def __init__(self, config: TuneConfig, known: Mapping[str, Known], seed: int) -> None:
         try:
             import optuna
         except ImportError:
             fix = "pip install 'foreword[tune]', or tune.sampler=list"
             raise ForewordError("the sampler optuna needs the library optuna", "key tune.sampler", fix) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._config, self._rates = config, rates
+        self._config, self._known = config, known
         self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=4))
         self._trials: dict[Candidate, Any] = {}
 
@@ -110,9 +126,10 @@ class Optuna:
         method = trial.suggest_categorical("method", list(config.methods))
         low, high = min(config.lr_factors), max(config.lr_factors)
         factor = trial.suggest_float("lr_factor", low, high, log=True) if low < high else low
+        own = self._known[method]
         return Candidate(
             method,
-            trial.suggest_categorical("init", list(config.inits)),
-            trial.suggest_categorical("virtual_tokens", list(config.virtual_tokens)),
-            float(f"{self._rates[method] * factor:.3g}"),
+            own.init or trial.suggest_categorical("init", list(config.inits)),
+            own.virtual_tokens or trial.suggest_categorical("virtual_tokens", list(config.virtual_tokens)),
+            float(f"{own.lr * factor:.3g}"),
         )

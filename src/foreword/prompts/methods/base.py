@@ -39,6 +39,8 @@ class Method(nn.Module):
     kind: ClassVar[Kind] = "rows"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     default_lr: ClassVar[float] = 0.03
+    shows_rows: ClassVar[bool] = False
+    """Whether it starts from some of the training rows, and trains on the others."""
 
     @classmethod
     def rate(cls, config: PromptConfig) -> float:

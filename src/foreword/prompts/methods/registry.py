@@ -11,6 +11,7 @@ from foreword.config import Member, PromptConfig
 from foreword.errors import ForewordError, nearest
 from foreword.prompts.methods.base import Method, Start
 from foreword.prompts.methods.cartridge import Cartridge
+from foreword.prompts.methods.context_tuning import ContextTuning
 from foreword.prompts.methods.cpt import ContextAware
 from foreword.prompts.methods.low_rank import LowRank
 from foreword.prompts.methods.multitask import Multitask
@@ -25,11 +26,14 @@ METHODS: dict[str, type[Method]] = {
     "residual": Residual,
     "low-rank": LowRank,
     "prefix-tuning": PrefixTuning,
+    "context-tuning": ContextTuning,
     "multitask": Multitask,
     "cpt": ContextAware,
     "cartridge": Cartridge,
 }
 """What ``prompt.method`` may say."""
+EXAMPLES = "examples"
+"""What the initialiser of a method that starts from training rows is called."""
 
 
 def find(name: str) -> type[Method]:
@@ -45,8 +49,11 @@ def find(name: str) -> type[Method]:
 
 
 def with_rates(members: Sequence[Member], config: PromptConfig) -> tuple[Member, ...]:
-    """Members whose learning rate is left open get the method's own."""
-    return tuple(replace(m, lr=m.lr or find(config.method).rate(config)) for m in members)
+    """Members whose learning rate is left open get the method's own; what starts from rows has no other initialiser."""
+    method = find(config.method)
+    return tuple(
+        replace(m, lr=m.lr or method.rate(config), init=EXAMPLES if method.shows_rows else m.init) for m in members
+    )
 
 
 def build(start: Start, config: PromptConfig, generator: torch.Generator) -> Method:
