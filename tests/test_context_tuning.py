@@ -53,7 +53,7 @@ def test_so_many_tokens_are_shown_and_as_many_rows_by_every_seed(tokens: int, se
     assert 1 <= len(found.rows) <= rows // 2
     if rows % 2 == 0:
         counts = Counter(some[i].label for i in found.rows)
-        assert max(counts.values()) - min(counts.get(0, 0), counts.get(1, 0)) <= 1, "the classes in turn"
+        assert max(counts.values()) - min(counts.get(0, 0), counts.get(1, 0)) <= 1, "as many of each class"
     assert shown_in(encoder, some, tokens, seed) == found
 
 

@@ -58,7 +58,7 @@ def few_shot(encoder: Encoder, table: Table, examples: Sequence[Example], limit:
 
 
 def shown_in(encoder: Encoder, examples: Sequence[Example], tokens: int, seed: int) -> FewShot:
-    """Rows with their targets, drawn by a seed, the classes in turn: text of exactly ``tokens`` tokens.
+    """Rows with their targets, drawn by a seed, as many of each class: text of exactly ``tokens`` tokens.
 
     How many rows follows from their mean length alone, so that every seed leaves as many to train on; at most half of
     them. The text is cut at its beginning (but for what the tokenizer puts there), or read again where it is short.
@@ -74,8 +74,11 @@ def shown_in(encoder: Encoder, examples: Sequence[Example], tokens: int, seed: i
     texts = [[*e.context[len(lead) :], *e.target[:-1], *end] for e in examples]
     count = math.ceil(tokens * len(texts) / sum(map(len, texts)))
     count = max(1, min(count, len(texts) // 2))
-    drawn = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [drawn[i] for i in _in_turn([examples[i] for i in drawn])[:count]]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(texts), generator=generator).tolist()
+    chosen = [drawn[i] for i in _in_turn([examples[i] for i in drawn])[:count]]
+    # In any order: from classes in a fixed turn a model learns the turn.
+    rows = [chosen[i] for i in torch.randperm(count, generator=generator).tolist()]
     text = [token for i in rows for token in texts[i]]
     room = max(tokens - len(lead), 0)
     text *= math.ceil(room / len(text))

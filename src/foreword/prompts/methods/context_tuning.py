@@ -20,7 +20,7 @@ WINDOW_SHARE = 0.25
 class ContextTuning(PrefixTuning):
     """``P * W`` numbers, trained as they are. Small steps: its start is good already (docs/log.md)."""
 
-    default_lr: ClassVar[float] = 0.01
+    default_lr: ClassVar[float] = 0.003
     shows_rows: ClassVar[bool] = True
 
 
