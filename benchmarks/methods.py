@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low-rank": {"method": "low-rank"},
     "prefix-tuning (projection)": {"method": "prefix-tuning", "projection": True},
     "prefix-tuning (random start)": {"method": "prefix-tuning", "init": "random"},
+    "context-tuning": {"method": "context-tuning"},
     "multitask": {"method": "multitask"},
     "cpt": {"method": "cpt", "virtual_tokens": 128},
     "cartridge": {"method": "cartridge"},

@@ -98,7 +98,7 @@ def test_optuna_stays_in_the_space_and_goes_where_the_loss_is_low() -> None:
         sampler.tell(candidate, 0.1 if candidate.method == "prompt-tuning" else 2.0)
     later = sampler.ask(12)
     assert len(set(asked + later)) == len(asked + later)
-    assert all(0.00299 <= c.lr <= 0.0301 for c in asked + later)
+    assert all(0.0089 <= c.lr <= 0.0901 for c in asked + later)
     assert sum(c.method == "prompt-tuning" for c in later) > len(later) / 2
 
 
