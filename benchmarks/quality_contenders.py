@@ -6,7 +6,6 @@ No contender sees a test row's label, and nobody chooses anything by test rows.
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +27,11 @@ from foreword.data.encode import Encoder
 from foreword.data.sources import rows_table
 from foreword.data.template import parse
 from foreword.evaluation.scoring import classify
-from foreword.jobs.candidates import EPOCHS_SHARE
+from foreword.jobs.candidates import search_epochs
 from foreword.jobs.prepare import embedded, make_encoder
 from foreword.prompts.initialisers import from_text
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment, Task
-from foreword.training.state import epochs_for
 
 GUIDE_TOKENS, GUIDE_EPOCHS, GUIDE_BATCH = 8, 50, 8
 C_GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -193,7 +191,7 @@ def default(job: Job) -> dict[str, Answer]:
 
 def context(job: Job) -> dict[str, Answer]:
     """``foreword.train`` by context tuning, with half of a training's epochs as ``foreword tune`` has it."""
-    epochs = math.ceil(epochs_for(len(job.split.train)) * EPOCHS_SHARE)
+    epochs = search_epochs(len(job.split.train))
     task = foreword.train(
         model=job.bench.model, data=job.split.train, template=job.data.template, label="label",
         out=job.folder / "context", prompt={"method": "context-tuning"},

@@ -25,7 +25,7 @@ from foreword.data.encode import Encoder
 from foreword.evaluation.evaluate import Outcome, run_rows
 from foreword.evaluation.scoring import target_logprobs
 from foreword.jobs.data import Splits
-from foreword.jobs.prepare import beginnings, make_encoder
+from foreword.jobs.prepare import Beginnings, beginnings, make_encoder
 from foreword.jobs.training import Trained, train_in
 from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.registry import METHODS
@@ -70,7 +70,7 @@ class Workshop:
     @property
     def epochs(self) -> int:
         """Of a whole training."""
-        return self.recipe.train.epochs or math.ceil(epochs_for(len(self.splits.train)) * EPOCHS_SHARE)
+        return self.recipe.train.epochs or search_epochs(len(self.splits.train))
 
     @property
     def groups(self) -> Collection[Ready]:
@@ -112,9 +112,7 @@ class Workshop:
             self.train_config(epochs), self.layout(first), self.console, title=title, shown=shown,
         )  # fmt: skip
 
-    def _beginnings(
-        self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]
-    ) -> tuple[list[Method], list[tuple[int, ...]]]:
+    def _beginnings(self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]) -> Beginnings:
         """The group's soft prompts before the first step on these rows, and which of them these show."""
         ready = self.ready(group[0][0])
         members = [member_of(c, s) for c, s in group]
@@ -168,6 +166,11 @@ class Workshop:
                 float(ready.engine.step().loss.sum())  # waits for the device
                 times.append(time.perf_counter() - began)
         return median(times[1:]) * plan.steps  # the first step also warms up
+
+
+def search_epochs(rows: int) -> int:
+    """Epochs of a whole training in a search, where the recipe leaves them open."""
+    return math.ceil(epochs_for(rows) * EPOCHS_SHARE)
 
 
 def group_of(candidate: Candidate) -> Group:

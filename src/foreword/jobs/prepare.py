@@ -26,6 +26,9 @@ from foreword.prompts.methods.registry import METHODS, build
 from foreword.prompts.soft import Kind
 from foreword.records import Example, Task
 
+Beginnings = tuple[list[Method], list[tuple[int, ...]]]
+"""What members train: soft prompts before the first step, and the indices of the rows that each shows, if any."""
+
 
 def make_encoder(task: Task, backbone: Backbone, tokens: int, kind: Kind = "rows", first: int = 0) -> Encoder:
     """The encoder whose rows fit the backbone's window beside ``tokens`` virtual ones.
@@ -121,7 +124,7 @@ def first_method(
 def beginnings(
     config: PromptConfig, task: Task, encoder: Encoder, backbone: Backbone, members: Sequence[Member],
     examples: Sequence[Example], few_shot: FewShot | None = None,
-) -> tuple[list[Method], list[tuple[int, ...]]]:  # fmt: skip
+) -> Beginnings:  # fmt: skip
     """What members train: their soft prompts before the first step, and the indices of the rows these show.
 
     Args:

@@ -26,7 +26,7 @@ from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plai
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.fewshot import FewShot, few_shot
-from foreword.jobs.prepare import beginnings, instruction, make_encoder, memory_explained, settle_tokens
+from foreword.jobs.prepare import Beginnings, beginnings, instruction, make_encoder, memory_explained, settle_tokens
 from foreword.jobs.report import Scored, write_report
 from foreword.jobs.training import Trained, say, train_in, validator
 from foreword.prompts.initialisers import parse_init
@@ -116,7 +116,7 @@ class _Job:
 
     def train(self) -> Trained:
         """The population on all training rows."""
-        return self._train_on(self.out, self.examples, "training")
+        return self._train_on(self.out, self.examples, (self.methods, self.shown), "training")
 
     def score(self, trained: Trained) -> dict[str, Any]:
         """Held-out or cross-validated scores beside the baselines; empty without such rows."""
@@ -212,17 +212,17 @@ class _Job:
         """Trains once a fold on the other rows and pools the held-out results."""
         outcomes = []
         for number, (keep, out) in enumerate(self.splits.folds, start=1):
-            rows = [self.examples[i] for i in keep]
-            kept = self._train_on(self.out / "folds" / str(number), rows, f"fold {number}").kept
+            rows, folder = [self.examples[i] for i in keep], self.out / "folds" / str(number)
+            kept = self._train_on(folder, rows, self._beginnings(rows), f"fold {number}").kept
             held = [self.examples[i] for i in out]
             outcomes.append(run_rows(self.backbone, kept, held, self.encoder.label_ids, self.layout.score))
         return pooled(outcomes)
 
-    def _train_on(self, folder: Path, examples: Sequence[Example], title: str) -> Trained:
+    def _train_on(self, folder: Path, examples: Sequence[Example], begins: Beginnings, title: str) -> Trained:
         validate = None
         if self.validation and self.recipe.train.select != "last":
             validate = validator(self.backbone, self.validation, self.encoder.label_ids, self.layout)
-        methods, shown = self._beginnings(examples)
+        methods, shown = begins
         few, decay = self.few_shot, self.prompt.loss_decay
         # The row's own label is the last one and counts in full: those in the context decay from it.
         leads = [(at, t, w * decay) for at, t, w in label_targets(few.ids, few.types, decay)] if few else []
@@ -231,7 +231,7 @@ class _Job:
             self.layout, self.console, validate, title, leads, shown,
         )  # fmt: skip
 
-    def _beginnings(self, examples: Sequence[Example]) -> tuple[list[Method], list[tuple[int, ...]]]:
+    def _beginnings(self, examples: Sequence[Example]) -> Beginnings:
         """The members' soft prompts before the first step on these rows, and which of them these show."""
         task = self.splits.task
         return beginnings(self.prompt, task, self.encoder, self.backbone, self.members, examples, self.few_shot)
