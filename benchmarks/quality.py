@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Measures what is asked for and not yet known; returns the results file."""
     args = _arguments(argv)
     mend(args.cache)
-    bench = Bench(args.model, args.few_shot_tokens, args.tune_minutes, args.tune_members)
+    bench = Bench(args.model, args.few_shot_tokens, args.tune_minutes, args.tune_trainings, args.tune_members)
     measure_all(bench, args)
     return write(args)
 
@@ -193,6 +193,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--few-shot-tokens", type=int, default=1024)
     parser.add_argument("--tune-minutes", type=float, default=TuneConfig().minutes)
+    parser.add_argument("--tune-trainings", type=float, default=0, help="its budget, instead of minutes")
     parser.add_argument("--tune-members", type=int, default=TuneConfig().members)
     parser.add_argument("--again", action="store_true", help="measure again what is known")
     parser.add_argument("--cache", type=Path, default=CACHE)

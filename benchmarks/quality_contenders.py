@@ -46,11 +46,24 @@ class Bench:
     few_shot_tokens: int = 1024
     minutes: float = TuneConfig().minutes
     """Time of one ``foreword tune``."""
+    trainings: float = 0.0
+    """Instead of minutes: its budget in trainings on all rows."""
     members: int = TuneConfig().members
     """Members of its ensemble."""
     guide_epochs: int = GUIDE_EPOCHS
     train: Mapping[str, Any] = field(default_factory=dict)
     """Keys over Foreword's defaults: for dry runs only."""
+
+    @property
+    def tune(self) -> dict[str, Any]:
+        """Keys of one ``foreword tune``."""
+        budget = {"minutes": 0.0, "trainings": self.trainings} if self.trainings else {"minutes": self.minutes}
+        return {**budget, "members": self.members}
+
+    @property
+    def budget(self) -> str:
+        """What one ``foreword tune`` may spend, in words."""
+        return f"{self.trainings:g} trainings" if self.trainings else f"{self.minutes:g} minutes"
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -205,7 +218,7 @@ def tune(job: Job) -> dict[str, Answer]:
     out, bench = job.folder / "tune", job.bench
     foreword.tune(
         model=bench.model, data=job.split.train, template=job.data.template, label="label", out=out,
-        tune={"minutes": bench.minutes, "members": bench.members, "seed": job.seed}, train=bench.train, quiet=True,
+        tune={**bench.tune, "seed": job.seed}, train=bench.train, quiet=True,
     )  # fmt: skip
     said = json.loads((out / "tune.json").read_text())
     first = out / "members" / "00"
@@ -215,7 +228,8 @@ def tune(job: Job) -> dict[str, Answer]:
         ("tune-ensemble", out, "expected"),
     ):
         labels = predicted(foreword.load(folder, model=bench.model), job.split.test)
-        found[name] = Answer(labels, {"minutes": bench.minutes, "expected": stated(said[key])})
+        facts = {"budget": bench.budget, "members": said["members"], "expected": stated(said[key])}
+        found[name] = Answer(labels, facts)
     return found
 
 

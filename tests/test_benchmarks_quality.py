@@ -178,7 +178,6 @@ def test_time_that_is_up_stops_before_the_next_cell(measure: Any, capsys: pytest
     assert "time is up" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not hasattr(foreword, "tune"), reason="foreword tune is not there yet")
 def test_tune_answers_for_its_ensemble_and_its_best_member(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(
         "--seeds", "0", "--sizes", "4", "--contenders", "tune", "--tune-minutes", "0.5", "--tune-members", "2"
@@ -205,7 +204,8 @@ def test_the_page_gives_intervals_coverage_verdicts_and_gaps() -> None:
 
     runs = [run_of("tfidf", s, a) for s, a in enumerate((0.5, 0.6, 0.7))]
     runs += [
-        run_of("tune-ensemble", s, 0.86, minutes=20.0, expected=expected(lo, 0.9)) for s, lo in enumerate((0.8, 0.87))
+        run_of("tune-ensemble", s, 0.86, budget="20 minutes", expected=expected(lo, 0.9))
+        for s, lo in enumerate((0.8, 0.87))
     ]
     runs += [run_of("default", 0, 0.8), run_of("default", 1, 0.99, test_rows=300)]
     result = {"runs": runs, "versions": {"torch": "2"}, "file": "x.json", "data": quality.described()}

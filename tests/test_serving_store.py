@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -328,19 +329,45 @@ def test_a_pickle_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "proof").exists()
 
 
-def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_folder_that_changes_while_it_is_read_is_read_again_and_at_last_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
     """Weights of one training and the sidecar of another would answer wrongly without a word."""
     from foreword.artifact import confined
 
-    folder = soft_prompt(tmp_path / "a", 1)
+    folder = soft_prompt(tmp_path / "a", 0)
+    seeds = iter(range(1, writes + 1))
 
     def read_slowly(path: Path) -> Any:
         found = read_adapter(path)
-        soft_prompt(folder, 2)
+        for seed in itertools.islice(seeds, 1):
+            soft_prompt(folder, seed)
         return found
 
     monkeypatch.setattr(confined, "read_adapter", read_slowly)
-    assert "written to while it was read" in refusal(read, folder).what
+    if writes == len(confined.PAUSES):
+        assert "written to while it was read" in refusal(read, folder).what
+    else:
+        assert read(folder).revision == read(soft_prompt(tmp_path / "b", writes)).revision
+
+
+def test_a_folder_that_is_half_written_is_read_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foreword.artifact import confined
+
+    folder = soft_prompt(tmp_path / "a", 0)
+    refusals = iter([ForewordError("half", "of it", "wait")])
+
+    def read_early(path: Path) -> Any:
+        for error in refusals:
+            soft_prompt(folder, 1)
+            raise error
+        return read_adapter(path)
+
+    monkeypatch.setattr(confined, "read_adapter", read_early)
+    assert read(folder).parts
 
 
 # --- ensembles -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from foreword.config import TuneConfig
 from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
 from foreword.tuning.ensemble import log_loss, mean_table, select
-from foreword.tuning.halving import plan
+from foreword.tuning.halving import Budget, Rung, plan
 from foreword.tuning.space import Known, Listed, Optuna, candidates
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
@@ -47,28 +47,30 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what is decided without a model ----------------------------------------------------------
 
 
-@given(
-    st.floats(0.5, 200), st.integers(1, 40), st.integers(1, 60), st.integers(2, 6), st.integers(1, 12)
-)  # fmt: skip
+@given(st.floats(0.5, 200), st.integers(1, 40), st.integers(2, 6), st.integers(1, 12))
 def test_a_plan_is_whole_and_keeps_to_its_budget_where_it_can(
-    units: float, space: int, epochs: int, folds: int, members: int
+    units: float, space: int, folds: int, members: int
 ) -> None:
-    found = plan(units, space, epochs, folds, members)
+    found = plan(units, space, folds, members)
     assert 1 <= found.members <= members
-    assert all(1 <= r.candidates <= space and 1 <= r.epochs <= epochs for r in found.rungs)
-    assert [r.candidates for r in found.rungs] == sorted((r.candidates for r in found.rungs), reverse=True)
-    assert found.rungs[-1].epochs == epochs
-    least = plan(0, space, epochs, folds, members).units(folds, epochs)
-    # Rounding to whole candidates costs at most half a candidate at both rungs.
-    assert found.units(folds, epochs) <= max(least, units + (folds - 1) * (0.5 + 0.5 / 3 + 1 / epochs) + 1e-9)
+    assert all(1 <= r.candidates <= space for r in found.rungs)
+    first, second = found.rungs
+    assert first.candidates >= second.candidates >= min(2, first.candidates)
+    assert first.folds + second.folds == folds
+    least = plan(0, space, folds, members).units(folds)
+    assert found.units(folds) <= max(least, units) + 1e-9
 
 
 def test_a_larger_budget_searches_no_less() -> None:
-    plans = [plan(units, 12, 30, 3, 8) for units in range(1, 80)]
+    plans = [plan(units, 12, 3, 8) for units in range(1, 80)]
     counts = [p.rungs[0].candidates for p in plans]
     assert counts == sorted(counts)
     assert counts[-1] == 12
     assert plans[-1].members == 8
+
+
+def test_three_rates_three_folds_and_three_members_cost_eight_trainings() -> None:
+    assert plan(8, 12, 3, 3) == Budget((Rung(3, 1), Rung(2, 2)), 3)
 
 
 def test_the_list_tries_all_rates_of_a_start_then_the_next_method() -> None:
@@ -164,7 +166,7 @@ def test_every_trial_is_told_with_scores_of_rows_it_was_not_trained_on(run: Path
     said = json.loads((run / "tune.json").read_text())
     assert trials == said["trials"]
     assert {t["rung"] for t in trials} == {0, 1}
-    assert min(t["epochs"] for t in trials if t["rung"] == 0) < max(t["epochs"] for t in trials if t["rung"] == 1) == 3
+    assert {(t["rung"], t["folds"], t["epochs"]) for t in trials} == {(0, 1, 3), (1, 2, 3)}
     best = min((t for t in trials if t["rung"] == 1), key=lambda t: t["loss"])
     assert said["expected_single"]["accuracy"] == pytest.approx(best["accuracy"])
     assert said["expected"]["n"] == len(DATA)
@@ -192,6 +194,17 @@ def test_out_of_fold_scores_are_those_of_a_training_without_the_fold(
     order = sorted(classes, key=["complaint", "no complaint"].index)
     table = [[p.probabilities[c] for c in order] for p in found]
     np.testing.assert_allclose(table, stored[0]["probabilities"], atol=1e-5)
+
+
+def test_who_did_better_on_the_first_fold_goes_on_to_the_others(run: Path) -> None:
+    trials = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, second = ([t for t in trials if t["rung"] == r] for r in (0, 1))
+    assert len(second) < len(first)
+
+    def known(of: list[dict[str, Any]]) -> set[tuple[str, float]]:
+        return {(t["method"], t["lr"]) for t in of}
+
+    assert known(second) == known(sorted(first, key=lambda t: t["loss"])[: len(second)])
 
 
 def test_a_resumed_search_ends_in_the_same_bytes(run: Path, model_folder: Path, tmp_path: Path) -> None:

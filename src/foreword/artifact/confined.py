@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ Stamps = Mapping[str, tuple[int, int, int]]
 """Inode, size and time of change of an adapter folder's files."""
 TEXT_LIMIT = 1 << 24
 """Most bytes of a configuration or sidecar (the largest in use, of CPT with long examples, take some hundred kB)."""
+PAUSES = (0.0, 0.02, 0.1)
+"""Seconds before each reading of a folder that is being written to."""
 _CHUNK = 1 << 20
 
 
@@ -68,17 +71,29 @@ def read_confined(folder: Path, home: Path | None = None) -> tuple[Adapter, str,
         the adapter, the SHA-256 of its files in hexadecimal, and their stamps.
 
     Raises:
-        ForewordError: as ``read_adapter`` and ``stamps``, or the files were exchanged while they were read.
+        ForewordError: as ``read_adapter`` and ``stamps``, or the files were exchanged at every reading.
     """
-    before = stamps(folder, home)
+    for pause in PAUSES:
+        time.sleep(pause)
+        before = stamps(folder, home)
+        try:
+            found = _read(folder, before, follow=home is not None)
+        except ForewordError:
+            if stamps(folder, home) == before:
+                raise
+            continue
+        if stamps(folder, home) == before:
+            return *found, before
+    raise ForewordError("the folder was written to while it was read", str(folder), "load it again")
+
+
+def _read(folder: Path, before: Stamps, follow: bool) -> tuple[Adapter, str]:
+    """The adapter and its digest."""
     digest = hashlib.sha256()
     for name in before:
         digest.update(f"{name} {before[name][1]}\n".encode())
-        _hash_file(folder / name, digest, follow=home is not None)
-    adapter = read_adapter(folder)
-    if stamps(folder, home) != before:
-        raise ForewordError("the folder was written to while it was read", str(folder), "load it again")
-    return adapter, digest.hexdigest(), before
+        _hash_file(folder / name, digest, follow)
+    return read_adapter(folder), digest.hexdigest()
 
 
 def plain_file(file: Path, home: Path | None = None) -> os.stat_result | None:

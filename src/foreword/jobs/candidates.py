@@ -32,7 +32,7 @@ from foreword.prompts.methods.registry import METHODS
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 from foreword.training.prepare import prepared
-from foreword.training.state import epochs_for, make_plan, start
+from foreword.training.state import epochs_for, start, trained_rows
 from foreword.tuning.space import Candidate
 
 DONE = "done.json"
@@ -100,16 +100,14 @@ class Workshop:
             self._layouts[kind] = choose_layout(self.backbone, self.method(candidate, 0).soft_prompt(), rows)
         return self._layouts[kind]
 
-    def train(
-        self, folder: Path, group: Sequence[tuple[Candidate, int]], rows: Sequence[int], epochs: int, title: str
-    ) -> Trained:
+    def train(self, folder: Path, group: Sequence[tuple[Candidate, int]], rows: Sequence[int], title: str) -> Trained:
         """Trains candidates of one group, each with its seed, on the rows of these numbers."""
         first = group[0][0]
         examples = [self.ready(first).examples[i] for i in rows]
         methods, shown = self._beginnings(group, examples)
         return train_in(
             folder, self.backbone, methods, [member_of(c, s) for c, s in group], [e.segment for e in examples],
-            self.train_config(epochs), self.layout(first), self.console, title=title, shown=shown,
+            self.train_config, self.layout(first), self.console, title=title, shown=shown,
         )  # fmt: skip
 
     def _beginnings(self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]) -> Beginnings:
@@ -118,13 +116,14 @@ class Workshop:
         members = [member_of(c, s) for c, s in group]
         return beginnings(ready.prompt, self.splits.task, ready.encoder, self.backbone, members, examples)
 
-    def train_config(self, epochs: int) -> TrainConfig:
-        """The optimisation for so many epochs."""
-        return replace(self.recipe.train, epochs=epochs)
+    @property
+    def train_config(self) -> TrainConfig:
+        """The optimisation, its epochs decided."""
+        return replace(self.recipe.train, epochs=self.epochs)
 
     def held_out(
         self, folder: Path, group: Sequence[tuple[Candidate, int]], fold: tuple[Sequence[int], Sequence[int]],
-        epochs: int, title: str,
+        title: str,
     ) -> tuple[list[Outcome], float]:  # fmt: skip
         """Trains on a fold's rows and scores those left out; with the seconds it took, or did when it was done."""
         done = folder / DONE
@@ -133,7 +132,7 @@ class Workshop:
             return [_outcome(o) for o in stored["outcomes"]], float(stored["seconds"])
         began = time.monotonic()
         keep, out = fold
-        trained = self.train(folder, group, keep, epochs, title)
+        trained = self.train(folder, group, keep, title)
         outcomes = [self._outcome(group[0][0], state.kept.soft_prompt(), out) for state in trained.population.states]
         # Before an interruption there were steps as well: what they took is in the checkpoint.
         seconds = max(time.monotonic() - began, trained.population.seconds)
@@ -150,17 +149,17 @@ class Workshop:
 
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
-        config = self.train_config(self.epochs)
-        examples = self.ready(candidate).examples
-        segments = [e.segment for e in examples]
-        plan = make_plan(len(segments), config)
+        config = self.train_config
         probe = replace(config, engine="eager")
-        member = member_of(candidate, 0)
-        population = start([self.method(candidate, 0)], [member], config, plan, self.backbone.device)
+        examples = self.ready(candidate).examples
+        segments, member = [e.segment for e in examples], member_of(candidate, 0)
+        methods, shown = self._beginnings([(candidate, member.seed)], examples)
+        plan, left = trained_rows(len(segments), shown, config)
+        population = start(methods, [member], config, plan, self.backbone.device, left)
         times = []
         with prepared(self.backbone, segments, population, probe, self.layout(candidate).train) as ready:
             for step in range(PROBE_STEPS):
-                batch = [ready.segments[i] for i in plan.batch(member.seed, step % plan.steps)]
+                batch = [ready.segments[i] for i in population.batch(population.states[0], step % plan.steps)]
                 ready.engine.load(population.states, [[batch]])
                 began = time.perf_counter()
                 float(ready.engine.step().loss.sum())  # waits for the device

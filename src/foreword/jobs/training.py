@@ -25,7 +25,7 @@ from foreword.training.checkpoint import read_checkpoint, write_checkpoint
 from foreword.training.loop import Event, Hooks, Validate, train
 from foreword.training.prepare import Leads, prepared
 from foreword.training.progress import Display, MetricsFile
-from foreword.training.state import Population, make_plan, start
+from foreword.training.state import Population, start, trained_rows
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def train_in(
     ``shown`` are the indices of the rows that each member shows and does not train on, as many of each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    plan = make_plan(len(rows) - max(map(len, shown), default=0), config)
-    left = [tuple(i for i in range(len(rows)) if i not in mine) for mine in shown]
+    plan, left = trained_rows(len(rows), shown, config)
     population = start(methods, members, config, plan, backbone.device, left)
     if (checkpoint := read_checkpoint(folder)) is not None:
         population.restore(checkpoint)

@@ -44,13 +44,21 @@ SEED_STRIDE = 1000
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at a rung: what it did on rows it was not trained on, all folds pooled."""
+    """A candidate at a rung: what it did on rows it was not trained on, of all folds so far."""
 
     rung: int
     candidate: Candidate
     epochs: int
-    outcome: Outcome
+    folds: tuple[Outcome, ...]
+    fresh: int
+    """Folds of this rung."""
     seconds: float
+    """Of this rung."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """All folds pooled."""
+        return pooled(self.folds)
 
     @property
     def loss(self) -> float:
@@ -65,7 +73,7 @@ class Trial:
         table = self.outcome.probabilities
         scores = {"loss": self.loss, **(point_scores(self.outcome.truth, table) if table is not None else {})}
         return {"event": "trial", "rung": self.rung, **asdict(self.candidate), "epochs": self.epochs, **scores,
-                "seconds": round(self.seconds, 1)}  # fmt: skip
+                "folds": len(self.folds), "seconds": round(self.seconds, 1)}  # fmt: skip
 
 
 def tune(
@@ -118,20 +126,19 @@ class _Search:
 
     def run(self) -> None:
         """Search, members, scores, files."""
-        sampler, size = self._sampler()
-        budget = self._budget(sampler, size)
+        sampler, size, first = self._sampler()
+        budget = self._budget(size, first)
         found = self._first_rung(sampler, budget.rungs[0], size)
         for number, rung in enumerate(self._later_rungs(budget), start=1):
-            best = sorted(found, key=lambda t: t.loss)[: rung.candidates]
-            found = self._rung(number, [t.candidate for t in best], rung.epochs)
+            found = self._rung(number, sorted(found, key=lambda t: t.loss)[: rung.candidates], rung.folds)
         chosen = self._chosen(found, self._affordable(budget))
         order = [i for _, out in self.folds for i in out]
         together = averaged([found[i].outcome for i in chosen])
         expected = Expected(together, found[chosen[0]].outcome, order, self._protocol())
         write_tuned(self.workshop, self.out, self._members(found, chosen), expected, [t.facts() for t in self.trials])
 
-    def _sampler(self) -> tuple[Sampler, int]:
-        """What proposes candidates, of the methods that this backbone can do, and how many there are."""
+    def _sampler(self) -> tuple[Sampler, int, Candidate]:
+        """What proposes candidates, of the methods that this backbone can do; how many there are; the first."""
         config = self.recipe.tune
         known = {m: self._known(m) for m in config.methods}
         config = replace(config, inits=tuple(dict.fromkeys(self._sized(i) for i in config.inits)))
@@ -141,8 +148,8 @@ class _Search:
         config = replace(config, methods=able)
         space = candidates(config, known)
         if config.sampler == "optuna":
-            return Optuna(config, known, config.seed), max(len(space), 4 * len(able))
-        return Listed(config, known), len(space)
+            return Optuna(config, known, config.seed), max(len(space), 4 * len(able)), space[0]
+        return Listed(config, known), len(space), space[0]
 
     def _known(self, method: str) -> Known:
         """What a method says itself."""
@@ -173,28 +180,25 @@ class _Search:
             return False
         return True
 
-    def _budget(self, sampler: Sampler, size: int) -> Budget:
-        """Rungs and members that the budget allows, decided once."""
-        config, epochs = self.recipe.tune, self.workshop.epochs
+    def _budget(self, size: int, first: Candidate) -> Budget:
+        """Rungs and members that the budget allows, decided once by the time that ``first`` takes."""
+        config = self.recipe.tune
 
         def decide() -> dict[str, Any]:
-            second = self.workshop.unit_seconds(self._example())
+            second = self.workshop.unit_seconds(first)
             units = config.minutes * 60 / second if config.minutes else config.trainings
-            found = plan(units, size, epochs, config.folds, self._most_members())
+            found = plan(units, size, config.folds, self._most_members())
             return {"unit_seconds": second, "units": units, "rungs": [asdict(r) for r in found.rungs],
                     "members": found.members}  # fmt: skip
 
         facts = self._decided("budget", decide)
         budget = Budget(tuple(Rung(**r) for r in facts["rungs"]), facts["members"])
-        rungs = ", then ".join(f"{r.candidates} for {r.epochs} epochs" for r in budget.rungs)
+        start, *later = budget.rungs
+        rungs = "".join(f", the best {r.candidates} on {r.folds} more" for r in later)
         say(self.console, f"a training on all {len(self.splits.train)} rows takes about {facts['unit_seconds']:.0f} s: "
-            f"{rungs}, {config.folds} folds each; then up to {budget.members} on all rows")  # fmt: skip
+            f"{start.candidates} candidates on {start.folds} of {config.folds} folds{rungs}; "
+            f"then up to {budget.members} on all rows")  # fmt: skip
         return budget
-
-    def _example(self) -> Candidate:
-        """A candidate to measure time by: what reads its virtual tokens at every step takes longest."""
-        config = self.recipe.tune
-        return Candidate("prompt-tuning", "text", max(config.virtual_tokens), 0.03)
 
     def _most_members(self) -> int:
         return self.recipe.tune.members if self.splits.task.classifies else 1
@@ -205,7 +209,8 @@ class _Search:
         counts = [rung.candidates - rung.candidates // 2, rung.candidates // 2] if learns else [rung.candidates]
         found: list[Trial] = []
         for count in filter(None, counts):
-            fresh = self._rung(0, sampler.ask(count), rung.epochs)
+            asked = [self._new(candidate) for candidate in sampler.ask(count)]
+            fresh = self._rung(0, asked, rung.folds)
             for trial in fresh:
                 sampler.tell(trial.candidate, trial.loss)
             found += fresh
@@ -216,11 +221,11 @@ class _Search:
         for number, rung in enumerate(budget.rungs[1:], start=1):
 
             def decide(rung: Rung = rung) -> dict[str, Any]:
-                each = cost(rung.epochs, self.workshop.epochs, self.recipe.tune.folds)
+                each = cost(rung.folds, self.recipe.tune.folds)
                 affordable = int((self._units_left() - budget.members) / each)
                 return {"candidates": max(1, min(rung.candidates, affordable))}
 
-            yield Rung(self._decided(f"rung-{number}", decide)["candidates"], rung.epochs)
+            yield Rung(self._decided(f"rung-{number}", decide)["candidates"], rung.folds)
 
     def _affordable(self, budget: Budget) -> int:
         """Members that the rest of the budget pays for: at least one, at most what is wanted."""
@@ -231,33 +236,45 @@ class _Search:
     def _units_left(self) -> float:
         """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
         tune = self.recipe.tune
-        done = sum(cost(t.epochs, self.workshop.epochs, tune.folds) for t in self.trials)
+        done = sum(cost(t.fresh, tune.folds) for t in self.trials)
         if not tune.minutes:
             return tune.trainings - done
         spent = sum(t.seconds for t in self.trials)
         return (tune.minutes * 60 - spent) * done / max(spent, 1e-9)
 
-    def _rung(self, number: int, proposed: Sequence[Candidate], epochs: int) -> list[Trial]:
-        """All candidates on all folds; tells how each did."""
-        outcomes: list[list[Outcome]] = [[] for _ in proposed]
-        seconds = [0.0] * len(proposed)
-        for fold, parts in enumerate(self.folds, start=1):
+    def _new(self, candidate: Candidate) -> Trial:
+        """A candidate before its first fold."""
+        return Trial(0, candidate, self.workshop.epochs, (), 0, 0.0)
+
+    def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
+        """The candidates on so many more folds; tells how each did."""
+        outcomes = [list(t.folds) for t in before]
+        proposed, seconds = [t.candidate for t in before], [0.0] * len(before)
+        first = len(before[0].folds)
+        for fold in range(first, first + folds):
             for (method, tokens), indices in grouped(proposed).items():
-                folder = self.out / SEARCH / f"rung-{number}" / f"{method}-{tokens}-{indices[0]}" / f"fold-{fold}"
+                folder = self.out / SEARCH / f"rung-{number}" / f"{method}-{tokens}-{indices[0]}" / f"fold-{fold + 1}"
                 group = [(proposed[i], self.recipe.tune.seed) for i in indices]
-                title = f"rung {number + 1}, fold {fold}, {method}"
-                found, took = self.workshop.held_out(folder, group, parts, epochs, title)
+                title = f"rung {number + 1}, fold {fold + 1}, {method}"
+                found, took = self.workshop.held_out(folder, group, self.folds[fold], title)
                 for i, outcome in zip(indices, found, strict=True):
                     outcomes[i].append(outcome)
                     seconds[i] += took / len(indices)
-        trials = [Trial(number, c, epochs, pooled(o), s) for c, o, s in zip(proposed, outcomes, seconds, strict=True)]
+        trials = [
+            replace(t, rung=number, folds=tuple(o), fresh=folds, seconds=s)
+            for t, o, s in zip(before, outcomes, seconds, strict=True)
+        ]
+        self._tell(trials)
+        return trials
+
+    def _tell(self, trials: Sequence[Trial]) -> None:
+        """Adds a rung's trials to what is known, in metrics.jsonl and on the terminal."""
         self.trials += trials
         lines = "".join(json.dumps(t.facts()) + "\n" for t in self.trials)
         write_atomic(self.out / METRICS, lines.encode())
         for trial in sorted(trials, key=lambda t: t.loss):
             accuracy = f", accuracy {trial.facts()['accuracy']:.3f}" if self.splits.task.classifies else ""
             say(self.console, f"  {trial.candidate}: loss {trial.loss:.3f}{accuracy}")
-        return trials
 
     def _chosen(self, found: Sequence[Trial], count: int) -> list[int]:
         """Which of the last rung the members are, by out-of-fold probabilities; of free text the best alone."""
@@ -275,7 +292,7 @@ class _Search:
             folder = self.out / SEARCH / "members" / f"{method}-{tokens}"
             group = [(picked[i], first + i) for i in indices]
             every = range(len(self.splits.train))
-            trained = self.workshop.train(folder, group, every, self.workshop.epochs, f"members, {method}")
+            trained = self.workshop.train(folder, group, every, f"members, {method}")
             for i, state in zip(indices, trained.population.states, strict=True):
                 made[i] = Made(picked[i], state, trained.figures)
         return [made[i] for i in range(len(picked))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,20 @@ def make_plan(rows: int, config: TrainConfig) -> Plan:
     """Steps count the rows the recipe says: ``batch_size * accumulate`` a step."""
     step_rows = config.batch_size * config.accumulate
     return Plan(rows, step_rows, math.ceil(rows / step_rows), config.epochs or epochs_for(rows))
+
+
+def trained_rows(
+    rows: int, shown: Sequence[Collection[int]], config: TrainConfig
+) -> tuple[Plan, list[tuple[int, ...]]]:
+    """The steps over the rows that are not shown, and which these are of each member; none: all rows.
+
+    Args:
+        rows: how many there are.
+        shown: indices of the rows that each member shows, as many of each.
+        config: batch size and epochs.
+    """
+    left = [tuple(i for i in range(rows) if i not in mine) for mine in shown]
+    return make_plan(rows - max(map(len, shown), default=0), config), left
 
 
 def epochs_for(rows: int) -> int:
