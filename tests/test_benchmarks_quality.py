@@ -22,7 +22,6 @@ import quality_table
 import results
 from quality_data import ALL, CROSS_VALIDATED, DataSet
 
-import foreword
 from conftest import write_csv
 
 WORDS = ("parcel", "invoice", "reply", "tweet", "fox", "dog", "praise", "quick")
