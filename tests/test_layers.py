@@ -12,6 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "foreword"
 LAYERS = [
     {"errors", "config", "recipe", "records", "hub_errors"},
+    {"parallel"},
     {"data"},
     {"checks"},
     {"tuning"},

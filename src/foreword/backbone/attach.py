@@ -9,6 +9,7 @@ import torch
 
 from foreword.backbone.forward import Prefix, compute_prefix
 from foreword.backbone.load import Backbone
+from foreword.backbone.shards import all_heads, own_heads
 from foreword.backbone.virtual import VirtualTokens
 from foreword.prompts.soft import Kind, SoftPrompt
 
@@ -38,7 +39,8 @@ def together(
             keys_values = keys_values[torch.as_tensor(owners, device=backbone.device)]
         # Virtual ids stand where nothing is read (pads): the hook keeps them inside the vocabulary.
         with VirtualTokens(backbone.embedding, no_rows(backbone)):
-            yield Prefix(tuple(backbone.geometry.layered(keys_values)), keys_values.shape[1])
+            layers = own_heads(backbone.geometry.layered(keys_values), backbone.world)
+            yield Prefix(tuple(layers), keys_values.shape[1])
         return
     table = torch.cat(list(values)) if len(values) > 1 else values[0]
     with VirtualTokens(backbone.embedding, table.to(backbone.device)):
@@ -59,7 +61,7 @@ def reading(backbone: Backbone, ids: Sequence[int]) -> SoftPrompt:
     """A text as a soft prompt: the keys and values that reading its token ids leaves."""
     with torch.no_grad():
         found = compute_prefix(backbone, ids)
-    return SoftPrompt(backbone.geometry.flat(found.layers), "prefix")
+    return SoftPrompt(backbone.geometry.flat(all_heads(found.layers, backbone.world)), "prefix")
 
 
 def compiled(backbone: Backbone, rows: torch.Tensor) -> torch.Tensor:
@@ -71,4 +73,4 @@ def compiled(backbone: Backbone, rows: torch.Tensor) -> torch.Tensor:
     ids = range(backbone.vocab_size, backbone.vocab_size + prompt.tokens)
     with torch.no_grad(), attached(backbone, prompt):
         found = compute_prefix(backbone, ids)
-    return backbone.geometry.flat(found.layers).float().cpu()
+    return backbone.geometry.flat(all_heads(found.layers, backbone.world)).float().cpu()

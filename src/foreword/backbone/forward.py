@@ -111,8 +111,7 @@ def run(backbone: Backbone, row: Packed, prefix: Prefix | None = None) -> torch.
     row = row.to(backbone.device)
     cache: dict[str, Any] = {"past_key_values": prefix.cache(len(row.ids))} if prefix else {}
     if not backbone.knows_head:
-        logits = _forward(backbone, row, use_cache=bool(prefix), **cache).logits.flatten(0, 1)
-        found = _gathered(logits[row.keep[row.place]], row.targets)
+        found = _gathered(_kept_logits(backbone, row, use_cache=bool(prefix), **cache)[row.place], row.targets)
         if row.weights is None:
             return found
         return found.new_zeros(len(row.keep)).index_add(0, row.place, found * row.weights)
@@ -127,14 +126,13 @@ def top_tokens(backbone: Backbone, row: Packed, prefix: Prefix | None, count: in
     """The likeliest tokens at each place of packed or right-padded rows: ids and probabilities, each ``[U, count]``."""
     row = row.to(backbone.device)
     cache: dict[str, Any] = {"past_key_values": prefix.cache(len(row.ids))} if prefix else {}
-    head = backbone.model.get_output_embeddings()
-    tap = HeadTap(head) if backbone.knows_head else nullcontext()
-    with tap:
-        out = _forward(backbone, row, use_cache=bool(prefix), **cache)
-    if isinstance(tap, HeadTap):
-        return top_at(backbone, tap.at(row.keep), count)
-    found = out.logits.flatten(0, 1)[row.keep].float().softmax(-1).topk(count)
-    return found.indices, found.values
+    if not backbone.knows_head:
+        logits = _kept_logits(backbone, row, use_cache=bool(prefix), **cache)
+        found = logits.float().softmax(-1).topk(count)
+        return found.indices, found.values
+    with HeadTap(backbone.model.get_output_embeddings()) as tap:
+        _forward(backbone, row, use_cache=bool(prefix), **cache)
+    return top_at(backbone, tap.at(row.keep), count)
 
 
 def micro_batches(segments: Sequence[Segment], opening: int, budget: int) -> Iterator[list[int]]:
@@ -157,6 +155,23 @@ def micro_batches(segments: Sequence[Segment], opening: int, budget: int) -> Ite
 def _gathered(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probability of ``targets`` ``[M]`` under the model's own ``logits`` ``[M, V]``, in float32."""
     return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _kept_logits(backbone: Backbone, row: Packed, **cache: Any) -> torch.Tensor:
+    """The model's own logits ``[U, V]`` at the places that are kept.
+
+    A head that is spread over processes runs inside the model's forward or not at all, but on those places alone.
+    """
+    if not backbone.world.layout.sharded:
+        every: torch.Tensor = _forward(backbone, row, **cache).logits
+        return every.flatten(0, 1)[row.keep]
+    head = backbone.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[row.keep][None], *args[1:]))
+    try:
+        found: torch.Tensor = _forward(backbone, row, **cache).logits[0]
+        return found
+    finally:
+        hook.remove()
 
 
 def _forward(backbone: Backbone, row: Packed, **cache: Any) -> Any:

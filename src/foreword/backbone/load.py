@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from foreword.backbone.fingerprint import Fingerprint, fingerprint
 from foreword.backbone.head import knows_head
 from foreword.backbone.kv import Geometry, probed
 from foreword.backbone.quantise import check_quantised, made_trainable, parameter_count, quantised, quiet_import
+from foreword.backbone.shards import sharding
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
 from foreword.hub_errors import hub_error
+from foreword.parallel.world import ALONE, World, own_device
 
 _NO_WINDOW = 10**9
 
@@ -35,6 +37,8 @@ class Backbone:
     tokenizer: Any
     name: str
     revision: str | None = None
+    world: World = ALONE
+    """The processes that have it: each a copy, or all together one."""
 
     @property
     def embedding(self) -> nn.Module:
@@ -71,12 +75,13 @@ class Backbone:
     @cached_property
     def knows_head(self) -> bool:
         """Whether the LM head can be run apart from the model, on the hidden states that matter."""
-        return knows_head(self)
+        return not self.world.layout.sharded and knows_head(self)
 
     @cached_property
     def geometry(self) -> Geometry:
         """Shape of its keys and values; refuses models that a prefix cannot stand in front of."""
-        return probed(self.model, self.name)
+        found = probed(self.model, self.name)
+        return replace(found, heads=found.heads * self.world.layout.tp)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -129,19 +134,26 @@ def freeze(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def load_backbone(config: ModelConfig) -> Backbone:
+def load_backbone(config: ModelConfig, world: World = ALONE) -> Backbone:
     """Loads model and tokenizer, frozen and in eval mode, on the chosen device.
+
+    Args:
+        config: which, and how.
+        world: the processes that load it together.
 
     Raises:
         ForewordError: no such folder, file or hub model, no network, no such device, or it cannot be
             quantised so.
     """
     device = choose_device(config.device)
+    device = own_device(device) if world.several else device
     dtype = choose_dtype(config.dtype, device)
     chosen: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     if rounding := quantised(config.quantize, dtype):
         # Weights are rounded where they will lie, one by one: the model is never there in full.
         chosen |= {"quantization_config": rounding, "device_map": {"": device}}
+    if sharded := world.layout.sharded:
+        chosen |= sharding(world.layout, config.quantize)
     if config.attention == "flex_attention" and device.type != "cuda":
         raise ForewordError("flex_attention trains on CUDA only", "key model.attention", "model.attention=auto")
     with _explained(config) as (source, options), quiet_import():
@@ -150,7 +162,11 @@ def load_backbone(config: ModelConfig) -> Backbone:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **chosen, **options)
         tokenizer = _tokenizer(source, options)
     check_quantised(model, config.quantize, config.id)
-    return Backbone(made_trainable(freeze(model).to(device)), tokenizer, config.id, config.revision)
+    model = made_trainable(freeze(model if sharded else model.to(device)))
+    if sharded:  # its root must run before its embedding does
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[1]], device=device), use_cache=False)
+    return Backbone(model, tokenizer, config.id, config.revision, world)
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 
 import typer
 
@@ -28,6 +29,9 @@ from foreword.cli import (
     tune,
 )
 from foreword.errors import ForewordError
+from foreword.parallel.layout import own_rank
+
+SPEAK_SECONDS = 2.0
 
 app = typer.Typer(
     name="foreword",
@@ -55,6 +59,8 @@ def main() -> None:
     except ForewordError as e:
         if debug:
             raise
+        if own_rank():  # the same error is the first process's, mostly; torchrun ends us once that has spoken
+            time.sleep(SPEAK_SECONDS)
         sys.stderr.write(f"{e}\n")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -29,6 +29,7 @@ def train(
     from rich.console import Console
 
     from foreword.errors import ForewordError
+    from foreword.parallel.layout import own_rank
     from foreword.recipe import RECIPE, load_recipe
 
     if out is None:
@@ -47,9 +48,10 @@ def train(
                 f"stopped; go on with: {o.command()} train --resume --out {out}", soft_wrap=True, highlight=False
             )
         raise
-    from foreword.cli.show import print_run
+    if own_rank() == 0:
+        from foreword.cli.show import print_run
 
-    print_run(out, console)
+        print_run(out, console)
 
 
 def _print_keys() -> None:

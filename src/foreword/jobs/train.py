@@ -29,6 +29,7 @@ from foreword.jobs.fewshot import FewShot, few_shot
 from foreword.jobs.prepare import Beginnings, beginnings, instruction, make_encoder, memory_explained, settle_tokens
 from foreword.jobs.report import Scored, write_report
 from foreword.jobs.training import Trained, say, train_in, validator
+from foreword.parallel.world import ALONE, World, joined
 from foreword.prompts.initialisers import parse_init
 from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.cpt import label_targets
@@ -46,7 +47,10 @@ from foreword.training.state import Population, State, make_plan
 MEMBERS = "members"
 DATA_HASH = ".data.sha256"
 MEMORY_KNOB = "lower train.token_budget or train.batch_size (raise train.accumulate), or model.dtype=bfloat16"
-MAY_CHANGE = {"model.device", "train.checkpoint_every", "train.engine", "train.recompute"}
+MAY_CHANGE = {
+    "model.device", "train.checkpoint_every", "train.collective_minutes", "train.engine", "train.parallel",
+    "train.recompute",
+}  # fmt: skip
 """Keys that may differ when a run is resumed: they do not change its result on one device."""
 
 
@@ -77,15 +81,21 @@ def run(
         raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")
     splits = read_splits(recipe.data, rows, eval_rows)
     splits = replace(splits, task=replace(splits.task, placement=recipe.prompt.placement))
-    with run_folder(out, resume), memory_explained(MEMORY_KNOB):
+    device, train = choose_device(recipe.model.device), recipe.train
+    with (
+        joined(train.parallel, device, train.collective_minutes) as world,
+        world.folder(out) as folder,
+        run_folder(folder, resume),
+        memory_explained(MEMORY_KNOB),
+    ):
         if resume:
-            same_run(recipe, splits.data_hash, out)
-        job = _Job(recipe, splits, out, console)
-        mark_started(recipe, splits.data_hash, out)
+            same_run(recipe, splits.data_hash, folder)
+        job = _Job(recipe, splits, folder, console if world.first else Console(quiet=True), world)
+        mark_started(recipe, splits.data_hash, folder)
         trained = job.train()
         job.write(trained, job.score(trained))
         job.report(trained)
-    return job.backbone
+    return replace(job.backbone, world=ALONE)
 
 
 def mark_started(recipe: Recipe, data_hash: str, out: Path) -> None:
@@ -98,9 +108,9 @@ def mark_started(recipe: Recipe, data_hash: str, out: Path) -> None:
 class _Job:
     """What the stages of one run share: backbone, encoder, encoded rows and layout."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console) -> None:
+    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console, world: World) -> None:
         self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
-        self.backbone: Backbone = load_backbone(recipe.model)
+        self.backbone: Backbone = load_backbone(recipe.model, world)
         self.few_shot: FewShot | None = None
         self.scored: Scored | None = None
         self.prompt = self._settle_prompt()

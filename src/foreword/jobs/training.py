@@ -73,7 +73,8 @@ def train_in(
     folder.mkdir(parents=True, exist_ok=True)
     plan, left = trained_rows(len(rows), shown, config)
     population = start(methods, members, config, plan, backbone.device, left)
-    if (checkpoint := read_checkpoint(folder)) is not None:
+    world = backbone.world
+    if (checkpoint := world.said_by_first(read_checkpoint(folder))) is not None:
         population.restore(checkpoint)
         say(console, f"resumed after step {population.step} of {population.plan.steps}")
     metrics = MetricsFile(folder, population.metrics_bytes)
@@ -93,7 +94,7 @@ def train_in(
                     metrics(event)
                     display(event)
 
-                hooks = Hooks(validate, tell, save, interrupted)
+                hooks = Hooks(validate, tell, save, interrupted, world)
                 train(ready.engine, ready.segments, population, config, hooks)
         trained = Trained(population, ready.name, peak.size)
         metrics({"event": "end", **trained.figures})

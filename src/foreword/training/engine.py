@@ -43,7 +43,7 @@ COMPILE_SECONDS = 60.0
 class Figures:
     """What a step leaves, on the device until somebody looks.
 
-    ``loss`` and ``norm`` (of the gradient, before clipping) ``[K]``; ``tokens`` fed.
+    ``loss`` (of this process's rows) and ``norm`` (of the whole gradient, before clipping) ``[K]``; ``tokens`` fed.
     """
 
     loss: torch.Tensor
@@ -75,12 +75,16 @@ class Eager:
 
     def step(self) -> Figures:
         """See ``Engine``."""
-        passes = self.reader.read(self.steps.pop(0))
+        world = self.backbone.world
+        passes = self.reader.read(self.steps.pop(0), world)
         for state in self.states:
             state.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(len(self.states), device=self.backbone.device)
         for part in passes:
             losses += accumulate(self.backbone, self.states, part, self.config)
+        # Of a prefix a process computes its own heads' gradient; of rows all that read the same have the same.
+        partial = self.states[0].method.kind == "prefix"
+        world.add_up_gradients([p for s in self.states for p in s.parameters], partial)
         norm = update(self.states, self.config)
         advance(self.states)
         return Figures(losses, norm, sum(p.row.ids.numel() for p in passes))

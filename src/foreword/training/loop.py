@@ -16,6 +16,7 @@ import torch
 
 from foreword.config import TrainConfig
 from foreword.errors import ForewordError
+from foreword.parallel.world import ALONE, World
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Segment
 from foreword.training.engine import Engine, Figures
@@ -33,7 +34,7 @@ SAVE_SECONDS = 1.0
 SAVE_SHARE = 20
 """Times as long between checkpoints as one takes: encoders have millions of numbers."""
 LOG_STEPS = 25
-"""Steps between two looks at the losses on a GPU: each look waits for the device."""
+"""Steps between two looks at the losses on a GPU and with several processes: each look waits for them."""
 
 
 @dataclass
@@ -46,12 +47,14 @@ class Hooks:
         save: writes a checkpoint of the population.
         interrupted: asked after every step; when true the population is saved and
             ``KeyboardInterrupt`` is raised, so that at most the current step is lost.
+        world: the processes that train together.
     """
 
     validate: Validate | None = None
     on_event: Callback = lambda event: None
     save: Callable[[Population], None] = lambda population: None
     interrupted: Callable[[], bool] = lambda: False
+    world: World = ALONE
 
 
 def train(
@@ -66,7 +69,7 @@ def train(
         config: the optimisation.
         hooks: what else happens.
     """
-    log = _Log(population, hooks.on_event, every=1 if _on_cpu(population) else LOG_STEPS)
+    log = _Log(population, hooks, every=1 if _on_cpu(population) else LOG_STEPS)
     saved, took = time.monotonic(), 0.0
     while states := population.training:
         steps = range(population.step, min(population.step + AHEAD, population.plan.steps))
@@ -76,14 +79,17 @@ def train(
             done = _validate(population, states, config, hooks, log)
             stop = hooks.interrupted()
             due = _due(config, population.step, time.monotonic() - saved, took)
-            if stop or done or due or not population.training:
-                log.flush()
-                began = time.monotonic()
-                hooks.save(population)
-                saved = time.monotonic()
-                took = saved - began
-            if stop:
-                raise KeyboardInterrupt
+            over = done or not population.training
+            # Several processes save and stop together: after the same look, when one of them wants to.
+            if over or log.full or ((stop or due) and not hooks.world.several):
+                stop, due = log.flush(stop, due)
+                if stop or over or due:
+                    began = time.monotonic()
+                    hooks.save(population)
+                    saved = time.monotonic()
+                    took = saved - began
+                if stop:
+                    raise KeyboardInterrupt
             if done:
                 break  # fewer members from here on
 
@@ -91,26 +97,42 @@ def train(
 class _Log:
     """Losses wait on the device until they are looked at, some steps together."""
 
-    def __init__(self, population: Population, on_event: Callback, every: int) -> None:
-        self.population, self.on_event, self.every = population, on_event, every
+    def __init__(self, population: Population, hooks: Hooks, every: int) -> None:
+        self.population, self.on_event, self.world, self.every = population, hooks.on_event, hooks.world, every
         self.waiting: list[tuple[list[State], int, list[float], Figures]] = []
         self.began = time.perf_counter()
 
     def step(self, states: Sequence[State], rates: Sequence[float], figures: Figures) -> None:
         """Takes the figures of a step just launched."""
         self.waiting.append((list(states), states[0].step, list(rates), figures))
-        if len(self.waiting) >= self.every:
-            self.flush()
 
-    def flush(self) -> None:
-        """Waits for the device and tells of the steps since the last look."""
-        if not self.waiting:
-            return
-        numbers = [torch.stack([f.loss, f.norm]).tolist() for *_, f in self.waiting]
+    @property
+    def full(self) -> bool:
+        """Whether it is time for a look."""
+        return len(self.waiting) >= self.every
+
+    def flush(self, *wishes: bool) -> tuple[bool, ...]:
+        """Waits for the device and the other processes, and tells of the steps since the last look.
+
+        Returns:
+            which of the wishes some process has.
+        """
+        mine = [f.loss for *_, f in self.waiting]
+        device = self.population.states[0].parameters[0].device
+        total = self.world.add_up(torch.cat([*mine, torch.tensor(wishes, device=device, dtype=torch.float32)]))
+        agreed = tuple(w > 0 for w in total[len(total) - len(wishes) :].tolist())
+        if self.waiting:
+            self._look(total[: len(total) - len(wishes)])
+        return agreed
+
+    def _look(self, sums: torch.Tensor) -> None:
+        """Tells of the steps that wait; ``sums`` holds their losses, one after the other."""
+        losses = iter(sums.tolist())
         seconds = (time.perf_counter() - self.began) / len(self.waiting)
-        for (states, step, rates, figures), (losses, norms) in zip(self.waiting, numbers, strict=True):
+        for states, step, rates, figures in self.waiting:
             self.population.seconds += seconds
-            self._tell(states, step, rates, losses, norms, figures.tokens, seconds)
+            mine = [next(losses) for _ in states]
+            self._tell(states, step, rates, mine, figures.norm.tolist(), figures.tokens, seconds)
         self.waiting = []
         self.skip()
 
@@ -147,7 +169,7 @@ def _validate(population: Population, states: Sequence[State], config: TrainConf
         return False
     log.flush()
     for state in states:
-        scores = hooks.validate(state.method.soft_prompt())
+        scores = hooks.world.said_by_first(hooks.validate(state.method.soft_prompt()))
         better = _keep_best(scores, state, config)
         event = {"event": "validation", "step": state.step, "epoch": epoch, "best": better, **scores}
         if len(population.states) > 1:

@@ -15,6 +15,7 @@ import torch
 from foreword.backbone.choose import Layout
 from foreword.backbone.forward import micro_batches
 from foreword.backbone.layout import Packed, pack, right_padded, weighted
+from foreword.parallel.world import ALONE, World
 from foreword.records import Segment
 
 Part = tuple[int, list[Segment]]
@@ -96,10 +97,19 @@ class Reader:
                 width = max(width, tokens)
             yield together
 
-    def read(self, batches: Sequence[Sequence[Segment]]) -> list[Pass]:
-        """The passes of one step: a batch of segments for each member who trains."""
+    def read(self, batches: Sequence[Sequence[Segment]], world: World = ALONE) -> list[Pass]:
+        """The passes of one step: a batch of segments for each member who trains; of several processes its share.
+
+        Where all run the backbone together each has as many passes as the others, the last ones idle.
+        """
         counts = [sum(len(self.leads) + len(s.branches[0]) for s in batch) for batch in batches]
-        return [self._pass(parts, counts) for parts in self.parts(batches)]
+        passes = [self._pass(parts, counts) for parts in self.parts(_shares(batches, world, world.reader))]
+        if world.layout.sharded:
+            most = max(sum(1 for _ in self.parts(_shares(batches, world, r))) for r in range(world.layout.readers))
+            idle = self._pass([(0, [batches[0][0]])], counts)
+            idle = replace(idle, count=torch.zeros_like(idle.count))
+            passes += [idle] * (most - len(passes))
+        return passes
 
     def _split(self, batch: Sequence[Segment], lead: int) -> list[list[Segment]]:
         chunks = [batch[at : at + self.batch_size] for at in range(0, len(batch), self.batch_size)]
@@ -125,3 +135,8 @@ class Reader:
             found += [(first * width + at, target, weight * len(segments)) for at, target, weight in self.leads]
             first += 1 if self.layout == "packed" else len(segments)
         return found
+
+
+def _shares(batches: Sequence[Sequence[Segment]], world: World, reader: int) -> list[Sequence[Segment]]:
+    """What a reader has of each member's batch."""
+    return [world.rows(batch, reader) for batch in batches]

@@ -133,7 +133,9 @@ def _name(
     layers = len(decoder_layers(backbone.model)) or 1
     steps = plan.steps - population.step
     if reader.leads or any(s.soft for s in segments):
-        return _only_eager(config)
+        return _only_eager(config, "soft and weighted targets have no static shapes")
+    if backbone.world.several:
+        return _only_eager(config, "several processes share steps of their own shapes")
     name = choose_engine(config.engine, backbone.device, steps, tokens, layers, backbone.parameters)
     if name == "compile" and (config.recompute or reader.cached):
         # torch does not compile what it recomputes, and makes a graph of every layer whose cache is made anew.
@@ -141,11 +143,9 @@ def _name(
     return name
 
 
-def _only_eager(config: TrainConfig) -> EngineName:
+def _only_eager(config: TrainConfig, why: str) -> EngineName:
     if config.engine not in ("auto", "eager"):
-        raise ForewordError(
-            "soft and weighted targets have no static shapes", f"train.engine={config.engine}", "train.engine=eager"
-        )
+        raise ForewordError(why, f"train.engine={config.engine}", "train.engine=eager")
     return "eager"
 
 
@@ -161,7 +161,7 @@ def _fitting(
     tokens, size, free = part.row.ids.numel(), peak.size, free_memory(backbone.device)
     if size is None:
         return reader, f"population of {len(population.states)}; memory cannot be measured here"
-    fits = max(int(SHARE * free / max(size, 1) * tokens), tokens)
+    fits = backbone.world.least(max(int(SHARE * free / max(size, 1) * tokens), tokens))
     reader = replace(reader, budget=min(reader.budget, fits)) if fits < reader.budget else reader
     at_once = max(1, min(len(population.states), reader.budget // tokens))
     passes = -(-len(population.states) // at_once)
