@@ -209,6 +209,10 @@ class TuneConfig:
     """Numbers of virtual tokens to try; context-tuning has its own."""
     lr_factors: tuple[float, ...] = (1.0, 3.0, 0.3)
     """Learning rates to try, as multiples of the method's own."""
+    ray: str = ""
+    """Trainings on a Ray cluster (extra ray): its address, auto (the one that runs here) or local (start one)."""
+    ray_workers: int = 0
+    """Trainings at a time on the cluster; 0: one a GPU, or without any one a machine."""
     sampler: str = "list"
     """What proposes candidates: list (the lists above, in their order) or optuna (TPE; extra tune)."""
     seed: int = 0

@@ -10,6 +10,7 @@ import typer
 from foreword.cli import options as o
 from foreword.config import TuneConfig, field_docs
 from foreword.errors import ForewordError
+from foreword.parallel.layout import own_rank
 
 _DOCS = field_docs(TuneConfig)
 
@@ -24,6 +25,7 @@ def tune(
     template: o.Template = None,
     minutes: Annotated[float | None, typer.Option("--minutes", help=_DOCS["minutes"])] = None,
     members: Annotated[int | None, typer.Option("--members", help=_DOCS["members"])] = None,
+    ray: Annotated[str | None, typer.Option("--ray", help=_DOCS["ray"])] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run folder: new, empty, or one to resume.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in --out.")] = False,
 ) -> None:
@@ -39,7 +41,7 @@ def tune(
         raise ForewordError("no output folder given", "command line", "add --out runs/NAME")
     base = load_recipe(out / RECIPE) if resume and (out / RECIPE).is_file() else None
     recipe = o.build_recipe(args, model, data, eval_data, text, label, template, base)
-    given = {"minutes": minutes, "members": members}
+    given = {"minutes": minutes, "members": members, "ray": ray}
     recipe = merge(recipe, {"tune": {k: v for k, v in given.items() if v is not None}}, where="command line")
 
     from foreword.jobs.tune import tune as run
@@ -52,6 +54,7 @@ def tune(
             line = f"stopped; go on with: {o.command()} tune --resume --out {out}"
             console.print(line, soft_wrap=True, highlight=False)
         raise
-    from foreword.cli.show import print_run
+    if own_rank() == 0:
+        from foreword.cli.show import print_run
 
-    print_run(out, console)
+        print_run(out, console)

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from foreword.artifact.atomic import write_atomic
@@ -50,6 +51,49 @@ class Ready:
     prompt: PromptConfig
     encoder: Encoder
     examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training of candidates that share its passes, each with its seed.
+
+    Args:
+        name: its folder below the search's.
+        group: candidates of one group, with seeds.
+        keep: rows to train on.
+        out: rows to score; none: the weights are what is wanted.
+        title: as on the terminal.
+    """
+
+    name: str
+    group: tuple[tuple[Candidate, int], ...]
+    keep: tuple[int, ...]
+    out: tuple[int, ...]
+    title: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a task left: outcomes on the rows left out, or the tensors of each candidate's method."""
+
+    seconds: float
+    outcomes: list[Outcome]
+    weights: list[dict[str, torch.Tensor]]
+    figures: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Keeps the outcomes, so that a stopped search does not do them again."""
+        stored = {"seconds": self.seconds, "outcomes": [_as_json(o) for o in self.outcomes]}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / DONE, json.dumps(stored).encode())
+
+
+def read_done(folder: Path) -> Done | None:
+    """What ``Done.write`` kept, or None."""
+    if not (folder / DONE).is_file():
+        return None
+    stored = json.loads((folder / DONE).read_text())
+    return Done(float(stored["seconds"]), [_outcome(o) for o in stored["outcomes"]], [], {})
 
 
 class Workshop:
@@ -121,23 +165,19 @@ class Workshop:
         """The optimisation, its epochs decided."""
         return replace(self.recipe.train, epochs=self.epochs)
 
-    def held_out(
-        self, folder: Path, group: Sequence[tuple[Candidate, int]], fold: tuple[Sequence[int], Sequence[int]],
-        title: str,
-    ) -> tuple[list[Outcome], float]:  # fmt: skip
-        """Trains on a fold's rows and scores those left out; with the seconds it took, or did when it was done."""
-        done = folder / DONE
-        if done.is_file():
-            stored = json.loads(done.read_text())
-            return [_outcome(o) for o in stored["outcomes"]], float(stored["seconds"])
+    def carry_out(self, task: Task, folder: Path) -> Done:
+        """Trains a task's candidates, from the folder's checkpoint if there is one, and scores the rows left out."""
         began = time.monotonic()
-        keep, out = fold
-        trained = self.train(folder, group, keep, title)
-        outcomes = [self._outcome(group[0][0], state.kept.soft_prompt(), out) for state in trained.population.states]
+        trained = self.train(folder, task.group, task.keep, task.title)
+        states, first = trained.population.states, task.group[0][0]
+        outcomes, weights = [], []
+        if task.out:
+            outcomes = [self._outcome(first, state.kept.soft_prompt(), task.out) for state in states]
+        else:
+            weights = [{n: t.detach().cpu() for n, t in s.kept.state_dict().items()} for s in states]
         # Before an interruption there were steps as well: what they took is in the checkpoint.
         seconds = max(time.monotonic() - began, trained.population.seconds)
-        write_atomic(done, json.dumps({"seconds": seconds, "outcomes": [_as_json(o) for o in outcomes]}).encode())
-        return outcomes, seconds
+        return Done(seconds, outcomes, weights, trained.figures)
 
     def _outcome(self, candidate: Candidate, prompt: SoftPrompt, rows: Sequence[int]) -> Outcome:
         """What a soft prompt says of these rows; of free text only how likely it is, as writing takes long."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from foreword.artifact.atomic import write_atomic
 from foreword.artifact.lock import run_folder
-from foreword.backbone.load import Backbone, load_backbone
+from foreword.backbone.load import Backbone, choose_device, load_backbone
 from foreword.checks import check, check_tune
 from foreword.config import Recipe
 from foreword.data.labels import label_names
@@ -23,12 +23,14 @@ from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
 from foreword.evaluation.together import averaged
-from foreword.jobs.candidates import Workshop, grouped
+from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
+from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.prepare import memory_explained
 from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
 from foreword.jobs.training import say
 from foreword.jobs.tuned import Expected, Made, write_tuned
+from foreword.parallel.world import ALONE, World, joined
 from foreword.prompts.methods.context_tuning import own_tokens
 from foreword.prompts.methods.registry import EXAMPLES, find
 from foreword.records import Row
@@ -104,21 +106,29 @@ def tune(
     if len(splits.train) < recipe.tune.folds:
         what = f"{len(splits.train)} rows cannot be parted in {recipe.tune.folds}"
         raise ForewordError(what, "key tune.folds", "give more rows, or tune.folds=2")
-    with run_folder(out, resume), memory_explained(MEMORY_KNOB):
+    device, train = choose_device(recipe.model.device), recipe.train
+    with (
+        joined(train.parallel, device, train.collective_minutes) as world,
+        world.folder(out) as folder,
+        run_folder(folder, resume),
+        memory_explained(MEMORY_KNOB),
+    ):
         if resume:
-            same_run(recipe, splits.data_hash, out)
-        search = _Search(recipe, splits, out, console)
-        mark_started(recipe, splits.data_hash, out)
+            same_run(recipe, splits.data_hash, folder)
+        search = _Search(recipe, splits, folder, console if world.first else Console(quiet=True), world)
+        mark_started(recipe, splits.data_hash, folder)
         search.run()
-    return search.workshop.backbone
+    return replace(search.workshop.backbone, world=ALONE)
 
 
 class _Search:
-    """One search in its folder."""
+    """One search in its folder; each of several processes runs it, and they decide the same."""
 
-    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console) -> None:
-        self.recipe, self.splits, self.out, self.console = recipe, splits, out, console
-        self.workshop = Workshop(recipe, splits, load_backbone(recipe.model), console)
+    def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console, world: World) -> None:
+        self.recipe, self.splits, self.out, self.console, self.world = recipe, splits, out, console, world
+        together = world.layout.sharded
+        self.workshop = Workshop(recipe, splits, load_backbone(recipe.model, world if together else ALONE), console)
+        self.crew = self._crew(together)
         task, table = splits.task, splits.train
         labels = label_names(table, task.label_column, task.names) if task.classifies else [""] * len(table)
         self.folds = k_folds(labels, recipe.tune.folds, recipe.tune.seed)
@@ -132,10 +142,19 @@ class _Search:
         for number, rung in enumerate(self._later_rungs(budget), start=1):
             found = self._rung(number, sorted(found, key=lambda t: t.loss)[: rung.candidates], rung.folds)
         chosen = self._chosen(found, self._affordable(budget))
+        members = self._members(found, chosen)
+        if not (self.world.first or self.world.layout.sharded):
+            return  # what is left to do is the first process's
         order = [i for _, out in self.folds for i in out]
         together = averaged([found[i].outcome for i in chosen])
         expected = Expected(together, found[chosen[0]].outcome, order, self._protocol())
-        write_tuned(self.workshop, self.out, self._members(found, chosen), expected, [t.facts() for t in self.trials])
+        write_tuned(self.workshop, self.out, members, expected, [t.facts() for t in self.trials])
+
+    def _crew(self, together: bool) -> Crew:
+        tune = self.recipe.tune
+        if tune.ray:
+            return RayWorkers(self.recipe, self.splits, tune.ray, tune.ray_workers)
+        return Ranks(self.workshop, self.world) if self.world.several and not together else OneByOne(self.workshop)
 
     def _sampler(self) -> tuple[Sampler, int, Candidate]:
         """What proposes candidates, of the methods that this backbone can do; how many there are; the first."""
@@ -186,7 +205,7 @@ class _Search:
 
         def decide() -> dict[str, Any]:
             second = self.workshop.unit_seconds(first)
-            units = config.minutes * 60 / second if config.minutes else config.trainings
+            units = self._seconds / second if config.minutes else config.trainings
             found = plan(units, size, config.folds, self._most_members())
             return {"unit_seconds": second, "units": units, "rungs": [asdict(r) for r in found.rungs],
                     "members": found.members}  # fmt: skip
@@ -240,7 +259,12 @@ class _Search:
         if not tune.minutes:
             return tune.trainings - done
         spent = sum(t.seconds for t in self.trials)
-        return (tune.minutes * 60 - spent) * done / max(spent, 1e-9)
+        return (self._seconds - spent) * done / max(spent, 1e-9)
+
+    @property
+    def _seconds(self) -> float:
+        """The budget by minutes, as time of all workers together."""
+        return self.recipe.tune.minutes * 60 * self.crew.workers
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
@@ -251,15 +275,19 @@ class _Search:
         outcomes = [list(t.folds) for t in before]
         proposed, seconds = [t.candidate for t in before], [0.0] * len(before)
         first = len(before[0].folds)
+        tasks, owners = [], []
         for fold in range(first, first + folds):
-            for (method, tokens), indices in grouped(proposed).items():
-                folder = self.out / SEARCH / f"rung-{number}" / f"{method}-{tokens}-{indices[0]}" / f"fold-{fold + 1}"
-                group = [(proposed[i], self.recipe.tune.seed) for i in indices]
+            keep, out = self.folds[fold]
+            for method, indices in self._shared(proposed):
+                group = tuple((proposed[i], self.recipe.tune.seed) for i in indices)
+                name = f"rung-{number}/{method}-{group[0][0].virtual_tokens}-{indices[0]}/fold-{fold + 1}"
                 title = f"rung {number + 1}, fold {fold + 1}, {method}"
-                found, took = self.workshop.held_out(folder, group, self.folds[fold], title)
-                for i, outcome in zip(indices, found, strict=True):
-                    outcomes[i].append(outcome)
-                    seconds[i] += took / len(indices)
+                tasks.append(Task(name, group, tuple(keep), tuple(out), title))
+                owners.append(indices)
+        for indices, done in zip(owners, self._carried_out(tasks), strict=True):
+            for i, outcome in zip(indices, done.outcomes, strict=True):
+                outcomes[i].append(outcome)
+                seconds[i] += done.seconds / len(indices)
         trials = [
             replace(t, rung=number, folds=tuple(o), fresh=folds, seconds=s)
             for t, o, s in zip(before, outcomes, seconds, strict=True)
@@ -287,15 +315,37 @@ class _Search:
         """The chosen, trained on all rows, each with a seed of its own; in the order in which they were chosen."""
         picked = [found[i].candidate for i in chosen]
         first = self.recipe.tune.seed * SEED_STRIDE
+        every = tuple(range(len(self.splits.train)))
+        tasks, owners = [], []
+        for method, indices in self._shared(picked):
+            group = tuple((picked[i], first + i) for i in indices)
+            name = f"members/{method}-{group[0][0].virtual_tokens}-{indices[0]}"
+            tasks.append(Task(name, group, every, (), f"members, {method}"))
+            owners.append(indices)
         made: dict[int, Made] = {}
-        for (method, tokens), indices in grouped(picked).items():
-            folder = self.out / SEARCH / "members" / f"{method}-{tokens}"
-            group = [(picked[i], first + i) for i in indices]
-            every = range(len(self.splits.train))
-            trained = self.workshop.train(folder, group, every, f"members, {method}")
-            for i, state in zip(indices, trained.population.states, strict=True):
-                made[i] = Made(picked[i], state, trained.figures)
+        for indices, done in zip(owners, self._carried_out(tasks), strict=True):
+            for i, weights in zip(indices, done.weights, strict=True):
+                kept = self.workshop.method(picked[i], first + i)
+                kept.load_state_dict(weights)
+                made[i] = Made(picked[i], first + i, kept, done.figures)
         return [made[i] for i in range(len(picked))]
+
+    def _shared(self, proposed: Sequence[Candidate]) -> Iterator[tuple[str, list[int]]]:
+        """Candidates that train in the same passes, by index; with several workers each group in as many parts."""
+        for (method, _), indices in grouped(proposed).items():
+            parts = min(self.crew.workers, len(indices))
+            yield from ((method, indices[k::parts]) for k in range(parts))
+
+    def _carried_out(self, tasks: Sequence[Task]) -> list[Done]:
+        """The outcome of every task; those that an interrupted search had finished are not done again."""
+        folder = self.out / SEARCH
+        found = self.world.said_by_first({i: d for i, t in enumerate(tasks) if (d := read_done(folder / t.name))})
+        left = [i for i in range(len(tasks)) if i not in found]
+        for at, done in self.crew.results([tasks[i] for i in left], folder):
+            found[left[at]] = done
+            if done.outcomes:
+                done.write(folder / tasks[left[at]].name)
+        return [found[i] for i in range(len(tasks))]
 
     def _protocol(self) -> str:
         return (
@@ -305,9 +355,11 @@ class _Search:
 
     def _decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A decision that rests on time, taken once and kept for a resumed search."""
-        file = self.out / SEARCH / f"{name}.json"
-        if not file.is_file():
+        file, world = self.out / SEARCH / f"{name}.json", self.world
+        kept = world.said_by_first(json.loads(file.read_text()) if file.is_file() else None)
+        if kept is None:
+            mine = decide() if world.first or world.layout.sharded else {}
+            kept = world.said_by_first(mine)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(decide()).encode())
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+            write_atomic(file, json.dumps(kept).encode())
+        return kept

@@ -20,11 +20,11 @@ from foreword.jobs.candidates import Workshop
 from foreword.jobs.derive import backbone_facts, library_versions
 from foreword.jobs.prepare import instruction
 from foreword.jobs.report import Scored, write_report
+from foreword.prompts.methods.base import Method
 from foreword.records import Example
 from foreword.report.card import ensemble_card, model_card
 from foreword.report.facts import Spread
 from foreword.training.progress import counting
-from foreword.training.state import State
 from foreword.tuning.space import Candidate
 
 TUNED = "tune.json"
@@ -32,10 +32,11 @@ TUNED = "tune.json"
 
 @dataclass(frozen=True)
 class Made:
-    """A member: the candidate it is of, its trained state, and what its training took."""
+    """A member: the candidate it is of, its seed, what was trained, and what the training took."""
 
     candidate: Candidate
-    state: State
+    seed: int
+    kept: Method
     figures: dict[str, Any]
 
 
@@ -103,11 +104,11 @@ def _report(
     workshop: Workshop, out: Path, first: Made, scored: Scored | None, trials: Sequence[dict[str, Any]]
 ) -> None:
     """``report.html``: of all members together, with the virtual tokens of the first and the whole search."""
-    start = workshop.method(first.candidate, first.state.member.seed).soft_prompt()
+    start = workshop.method(first.candidate, first.seed).soft_prompt()
     shown = [{**t, "score": t["loss"], "kept": False} for t in trials]
     with counting(workshop.console, "report", None):
         write_report(
-            out, workshop.backbone, first.state.kept.soft_prompt(), workshop.layout(first.candidate).score, start,
+            out, workshop.backbone, first.kept.soft_prompt(), workshop.layout(first.candidate).score, start,
             scored, Spread(shown, "loss on rows left out", lower=True),
         )  # fmt: skip
 
@@ -122,7 +123,7 @@ def _held_out(workshop: Workshop, members: Sequence[Made]) -> tuple[Scored | Non
         for made in members:
             ready, layout = workshop.ready(made.candidate), workshop.layout(made.candidate).score
             rows = ready.encoder.examples(splits.held_out)
-            prompt = made.state.kept.soft_prompt()
+            prompt = made.kept.soft_prompt()
             outcomes.append(run_rows(workshop.backbone, prompt, rows, ready.encoder.label_ids, layout, progress))
     candidate = members[0].candidate
     encoder = workshop.ready(candidate).encoder
@@ -150,7 +151,7 @@ def _counts(workshop: Workshop) -> list[int]:
 
 def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, Any]) -> None:
     """A valid adapter folder by itself."""
-    backbone, kept, ready = workshop.backbone, made.state.kept, workshop.ready(made.candidate)
+    backbone, kept, ready = workshop.backbone, made.kept, workshop.ready(made.candidate)
     task = workshop.splits.task
     text = (ready.prompt.init_text or instruction(task)) if made.candidate.init == "text" else None
     adapter = peft_config(
@@ -159,8 +160,8 @@ def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, A
     )  # fmt: skip
     adapter = adapter if ready.encoder.at_front else placed_config(adapter)
     facts = {
-        **_shared_facts(workshop), **asdict(made.candidate), "init_text": text, "seed": made.state.member.seed,
-        "trainable": sum(p.numel() for p in made.state.parameters), **made.figures,
+        **_shared_facts(workshop), **asdict(made.candidate), "init_text": text, "seed": made.seed,
+        "trainable": sum(p.numel() for p in kept.parameters() if p.requires_grad), **made.figures,
     }  # fmt: skip
     sidecar = Sidecar(task, backbone_facts(backbone), scores, facts, library_versions())
     out.mkdir(parents=True, exist_ok=True)

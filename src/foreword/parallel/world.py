@@ -142,16 +142,20 @@ def joined(parallel: str, device: torch.device, minutes: float) -> Iterator[Worl
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(own_device(device))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(minutes=minutes), device_id=own_device(device) if cuda else None
-    )
+    mine = not dist.is_initialized()  # else the caller's, for several runs
+    if mine:
+        backend, bound = ("nccl", own_device(device)) if cuda else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes), device_id=bound)
     try:
         group = dist.new_subgroups(layout.tp)[0] if layout.tp > 1 else None  # type: ignore[no-untyped-call]
+        end = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         yield World(layout, dist.get_rank(), group)
+        dist.barrier(end)  # the first process scores and writes alone: however long that takes, its files are there
     except RuntimeError as e:
         raise _lost(e) or e from None
     finally:
-        dist.destroy_process_group()
+        if mine:
+            dist.destroy_process_group()
 
 
 def own_device(device: torch.device) -> torch.device:
