@@ -1,7 +1,7 @@
 """What one process of torchrun does in tests/test_parallel.py: the jobs of a JSON file, one after the other.
 
-A job is {"out": folder, "verb": "train" or "tune", ...keyword arguments}. ``FOREWORD_COUNT`` names a file for what
-the first process sent in its steps.
+A job is {"out": folder, "verb": "train" or "tune", ...keyword arguments}; with "stop" the last process wants to stop
+after so many steps. The first one leaves in sent.json what it sent in its steps.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import foreword
+from foreword.jobs import training
 from foreword.training.engine import Eager
 
 torch.set_num_threads(1)
@@ -56,14 +58,37 @@ def counted(sent: list[list[int]]) -> Iterator[None]:
             setattr(dist, name, call)
 
 
+@contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Inside, the last process is interrupted after so many steps."""
+    asked = iter(range(1, after + 1))
+
+    @contextmanager
+    def interruptible() -> Iterator[Any]:
+        yield lambda: dist.get_rank() == dist.get_world_size() - 1 and next(asked, after) == after
+
+    whole, training.interruptible = training.interruptible, interruptible
+    try:
+        yield
+    finally:
+        training.interruptible = whole
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         verb = getattr(foreword, job.pop("verb"))
         sent: list[list[int]] = []
+        first = os.environ["RANK"] == "0"
+        if stop := job.pop("stop", 0):
+            with pytest.raises(KeyboardInterrupt), stopping(stop), counted(sent):
+                verb(quiet=True, **job)
+            if first:
+                (Path(job["out"]) / "stopped.json").write_text(json.dumps(len(sent)))
+            continue
         with counted(sent):
             verb(quiet=True, **job)
-        if os.environ["RANK"] == "0":
+        if first:
             (Path(job["out"]) / "sent.json").write_text(json.dumps(sent))
 
 

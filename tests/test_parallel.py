@@ -106,6 +106,8 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = [job(model, out / name_of(lay, f, count), f, lay) for lay, forms in found.items() for f in forms]
         if count == 2:
             tune = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
+            again = job(model, out / "resumed", "rows", "ddp=2")
+            jobs += [{**again, "stop": 4}, {**again, "resume": True}]
             jobs.append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "tuned"), "tune": tune,
                          "train": TRAIN})  # fmt: skip
         launch(count, jobs, out / f"jobs-{count}")
@@ -158,6 +160,14 @@ def test_a_step_sends_the_gradient_of_what_is_trained_and_nothing_else(runs: Pat
     assert all(step == [4 * trained] for step in sent)
 
 
+def test_interrupted_and_resumed_by_as_many_is_uninterrupted_byte_for_byte(runs: Path) -> None:
+    """One process wants to stop: all do, after the same step."""
+    whole, resumed = runs / name_of("ddp=2", "rows"), runs / "resumed"
+    assert json.loads((resumed / "stopped.json").read_text()) == 4
+    assert (resumed / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert [s["loss"] for s in steps(resumed)] == [s["loss"] for s in steps(whole)]
+
+
 def test_a_search_over_processes_is_the_search_of_one(runs: Path, model: Path, tmp_path: Path) -> None:
     foreword.tune(
         model=str(model), data=DATA, text="text", label="label", out=tmp_path / "one", quiet=True, train=TRAIN,
@@ -178,7 +188,8 @@ def test_a_search_over_processes_is_the_search_of_one(runs: Path, model: Path, t
 
 # --- processes that end ---------------------------------------------------------------------------
 
-LONG = {"train.epochs": "400", "train.batch_size": "4", "train.checkpoint_every": "1", "train.parallel": "ddp=2"}
+EPOCHS = 100
+LONG = {"train.epochs": str(EPOCHS), "train.batch_size": "4", "train.checkpoint_every": "1", "train.parallel": "ddp=2"}
 
 
 class Pair:
@@ -227,13 +238,11 @@ def steps_so_far(run: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("signal_sent", "minutes"), [(signal.SIGKILL, "10"), (signal.SIGSTOP, "0.05")])
-def test_a_lost_process_ends_the_run_which_goes_on_to_the_same_bytes(
+def test_a_lost_process_ends_the_run_and_any_number_of_processes_goes_on(
     model: Path, train_csv: Path, tmp_path: Path, signal_sent: signal.Signals, minutes: str
 ) -> None:
     """Killed it is noticed at once, stopped it is given up when a collective's time is over."""
-    short = {"train.epochs": "30"}
-    keys = {"train.collective_minutes": minutes}
-    with Pair(model, train_csv, tmp_path / "run", **short, **keys) as pair:
+    with Pair(model, train_csv, tmp_path / "run", **{"train.collective_minutes": minutes}) as pair:
         pair.reach(5)
         pair.processes[1].send_signal(signal_sent)
         code, err = pair.end(0)
@@ -241,23 +250,8 @@ def test_a_lost_process_ends_the_run_which_goes_on_to_the_same_bytes(
     assert "another process ended or does not answer" in err
     assert "--resume" in err
     assert len(err.strip().splitlines()) == 3
-    with Pair(model, train_csv, tmp_path / "run", "--resume", **short) as pair:
-        assert [pair.end(r)[0] for r in range(2)] == [0, 0]
-    with Pair(model, train_csv, tmp_path / "whole", **short) as pair:
-        assert [pair.end(r)[0] for r in range(2)] == [0, 0]
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-
-
-def test_ctrl_c_leaves_a_checkpoint_that_another_number_of_processes_goes_on_from(
-    model: Path, train_csv: Path, tmp_path: Path
-) -> None:
-    with Pair(model, train_csv, tmp_path / "run", **{"train.epochs": "30"}) as pair:
-        pair.reach(3)
-        for process in pair.processes:
-            process.send_signal(signal.SIGINT)
-        assert [pair.end(r)[0] for r in range(2)] == [130, 130]
     shared: dict[str, Any] = {"model": str(model), "data": str(train_csv), "text": "Tweet text", "label": "Label"}
-    train = {"epochs": 30, "batch_size": 4, "checkpoint_every": 1}
+    train = {"epochs": EPOCHS, "batch_size": 4}
     foreword.train(**shared, train=train, out=tmp_path / "run", resume=True, quiet=True)
     foreword.train(**shared, train=train, out=tmp_path / "whole", quiet=True)
     mine, reference = (load_file(tmp_path / r / WEIGHTS) for r in ("run", "whole"))

@@ -80,5 +80,7 @@ def _log_to_stderr() -> None:
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    # torchao, which transformers imports where it is installed, lists the CUDA libraries it cannot load.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, lists the CUDA libraries it cannot load, and torch
+    # remarks on how torchao registers its classes.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
