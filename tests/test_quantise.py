@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+import foreword
 import tiny
+from conftest import ROWS
 from foreword.backbone import quantise
 from foreword.backbone.forward import packed_logprobs, rows_logprobs
 from foreword.backbone.load import Backbone, load_backbone
@@ -21,6 +25,8 @@ from foreword.checks import CHOICES
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
 from foreword.records import Segment
+from foreword.serving.engine import Capabilities
+from foreword.serving.reading import read_content
 from foreword.training.gradcheck import TOLERANCE, check_gradient, directional_error, gradient_error, loss_noise
 
 TRAINABLE = [name for name in KINDS if name not in SCORING_ONLY]
@@ -287,3 +293,58 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_the_choices_are_the_kinds() -> None:
     assert CHOICES["model.quantize"] == ("none", *KINDS)
     assert quantised("none", torch.float32) is None
+
+
+# What a soft prompt remembers of it
+
+
+def trained_in(model: Path, out: Path, quantize: str) -> foreword.Foreword:
+    rows = [{"text": text, "label": label} for text, label in ROWS]
+    return foreword.train(
+        model={"id": str(model), "quantize": quantize}, data=rows, text="text", label="label", out=out, quiet=True,
+        train={"epochs": 1},
+    )  # fmt: skip
+
+
+def test_a_run_remembers_how_its_backbone_was_rounded_and_warns_of_another_way(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained_in(model_folder, tmp_path / "run", "nf4")
+    assert json.loads((tmp_path / "run" / "foreword.json").read_text())["training"]["quantize"] == "nf4"
+    with caplog.at_level("WARNING", logger="foreword"):
+        assert foreword.load(tmp_path / "run").backbone.rounding == "nf4"
+        assert not caplog.messages
+        foreword.load(tmp_path / "run", quantize="none")
+    assert caplog.messages == [
+        "run was trained on weights in nf4 and is read by weights as they are: its scores may differ"
+    ]
+
+
+def test_an_engine_warns_of_another_way_too(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = trained_in(model_folder, tmp_path / "run", "none")
+    known = capabilities_of(prompt.backbone)
+    with caplog.at_level("WARNING", logger="foreword"):
+        read_content(tmp_path / "run", None, known, 1 << 20)
+        assert not caplog.messages
+        read_content(tmp_path / "run", None, replace(known, quantize="nf4"), 1 << 20)
+    assert len(caplog.messages) == 1
+    assert "is read by weights in nf4" in caplog.messages[0]
+
+
+def capabilities_of(backbone: Backbone) -> Capabilities:
+    return Capabilities(
+        "test", backbone.name, backbone.vocab_size, backbone.hidden_size, backbone.window, backbone.end_id, "float32",
+        fingerprint=backbone.fingerprint.as_dict(), quantize=backbone.rounding,
+    )  # fmt: skip
+
+
+def test_a_checkpoint_that_is_rounded_says_so_itself(model_folder: Path, tmp_path: Path) -> None:
+    """As GPTQ's and AWQ's are: their own packages load them, and nothing is rounded again."""
+    rounded = load_backbone(ModelConfig(str(model_folder), quantize="int8"))
+    rounded.model.save_pretrained(tmp_path / "rounded")
+    rounded.tokenizer.save_pretrained(tmp_path / "rounded")
+    assert load_backbone(ModelConfig(str(tmp_path / "rounded"))).rounding == "bitsandbytes"
+    trained_in(tmp_path / "rounded", tmp_path / "run", "none")
+    assert foreword.load(tmp_path / "run").backbone.rounding == "bitsandbytes"

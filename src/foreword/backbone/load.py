@@ -15,7 +15,14 @@ from torch import nn
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
 from foreword.backbone.head import knows_head
 from foreword.backbone.kv import Geometry, probed
-from foreword.backbone.quantise import check_quantised, made_trainable, parameter_count, quantised, quiet_import
+from foreword.backbone.quantise import (
+    check_quantised,
+    made_trainable,
+    parameter_count,
+    quantised,
+    quiet_import,
+    rounding_of,
+)
 from foreword.backbone.shards import sharding
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
@@ -37,6 +44,8 @@ class Backbone:
     tokenizer: Any
     name: str
     revision: str | None = None
+    rounding: str = "none"
+    """How its weights were rounded: a value of ``model.quantize``, or what a checkpoint says of itself (gptq, awq)."""
     world: World = ALONE
     """The processes that have it: each a copy, or all together one."""
 
@@ -166,7 +175,7 @@ def load_backbone(config: ModelConfig, world: World = ALONE) -> Backbone:
     if sharded:  # its root must run before its embedding does
         with torch.no_grad():
             model(input_ids=torch.tensor([[1]], device=device), use_cache=False)
-    return Backbone(model, tokenizer, config.id, config.revision, world)
+    return Backbone(model, tokenizer, config.id, config.revision, rounding_of(model, config.quantize), world)
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, Any]:

@@ -89,6 +89,15 @@ def check_quantised(model: Any, name: str, where: str) -> None:
         raise ForewordError(what, where, "model.quantize=nf4, or none")
 
 
+def rounding_of(model: Any, name: str) -> str:
+    """How a loaded model is rounded: as ``model.quantize`` said, or as its checkpoint was (gptq, awq, ...)."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if name != "none" or quantizer is None:
+        return name
+    method = quantizer.quantization_config.quant_method
+    return str(getattr(method, "value", method))
+
+
 def parameter_count(model: nn.Module) -> int:
     """True number of parameters: bitsandbytes' 4-bit weights lie two to a byte."""
     return sum(_true_size(p) for p in model.parameters())

@@ -129,7 +129,7 @@ class _Distillation:
         facts = {
             "how": "distilled", "from": [source],
             "text_tokens": len(self.text_ids), "tokens_saved": len(self.text_ids) - made.tokens,
-            "method": self.recipe.prompt.method, "quantize": self.recipe.model.quantize,
+            "method": self.recipe.prompt.method, "quantize": self.backbone.rounding,
             **self._agreements(outcomes), **trained.figures,
         }  # fmt: skip
         scores = self._scores(outcomes) if labelled else {}

@@ -15,6 +15,7 @@ from foreword.artifact.peft_types import PLACED
 from foreword.backbone.choose import Layout, choose_layout
 from foreword.backbone.generate import BATCH, Sampling, generate, stream
 from foreword.backbone.load import Backbone, load_backbone
+from foreword.backbone.quantise import KINDS
 from foreword.config import ModelConfig
 from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
@@ -230,8 +231,8 @@ def load(
     name = model or known.get("name") or adapter.config.get("base_model_name_or_path")
     if not name:
         raise ForewordError("the adapter does not name its backbone", str(adapter.folder), "add --model ID")
-    trained = adapter.sidecar.training if adapter.sidecar else {}
-    rounded = quantize or str(trained.get("quantize", "none"))
+    trained = str(adapter.sidecar.training.get("quantize", "none")) if adapter.sidecar else "none"
+    rounded = quantize or (trained if trained in KINDS else "none")  # else its checkpoint brings it
     config_revision = None if model else known.get("revision") or adapter.config.get("revision")
     try:
         backbone = load_backbone(ModelConfig(str(name), config_revision, dtype=dtype, device=device, quantize=rounded))

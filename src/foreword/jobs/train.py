@@ -94,7 +94,8 @@ def run(
         mark_started(recipe, splits.data_hash, folder)
         trained = job.train()
         job.write(trained, job.score(trained))
-        job.report(trained)
+        if world.first or world.layout.sharded:
+            job.report(trained)
     return replace(job.backbone, world=ALONE)
 
 
@@ -205,7 +206,7 @@ class _Job:
             "method": self.prompt.method, "trainable": sum(p.numel() for p in state.parameters), "seed": member.seed,
             "data_seed": recipe.data.seed, "init": member.init, "init_text": init_text, "lr": member.lr,
             "population": len(self.members), "layout": self.layout.train, "device": str(backbone.device),
-            "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": recipe.model.quantize,
+            "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": backbone.rounding,
         }  # fmt: skip
 
     def _adapter_config(self, kept: Method, init_text: str | None) -> dict[str, Any]:

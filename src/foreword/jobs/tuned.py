@@ -185,5 +185,5 @@ def _shared_facts(workshop: Workshop) -> dict[str, Any]:
     return {
         "rows": len(splits.train), "label_counts": _counts(workshop), "data_sha256": splits.data_hash,
         "data_seed": recipe.data.seed, "tuned": True, "epochs": workshop.epochs, "device": str(backbone.device),
-        "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": recipe.model.quantize,
+        "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": backbone.rounding,
     }  # fmt: skip

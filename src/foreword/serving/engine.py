@@ -125,6 +125,8 @@ class Capabilities:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     prefix_width: int = 0
     """``W`` of a prefix; 0 where it takes none."""
+    quantize: str = ""
+    """How its weights are rounded, as in a sidecar; empty where it is not known."""
 
 
 @dataclass(frozen=True)

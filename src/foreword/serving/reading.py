@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from foreword.artifact.folder import CONFIG, WEIGHTS, Adapter
 from foreword.artifact.peft_types import PLACED
 from foreword.backbone.fingerprint import Fingerprint
 from foreword.errors import ForewordError
-from foreword.jobs.match import refuse_several_tasks
+from foreword.jobs.match import refuse_several_tasks, rounding_note
 from foreword.prompts.soft import Kind
 from foreword.records import Task
 from foreword.serving.engine import Capabilities
 
+log = logging.getLogger("foreword")
 REVISION_DIGITS = 12
 HEADERS = 1 << 16
 """More than the header of a safetensors file takes."""
@@ -70,6 +72,8 @@ def read_content(folder: Path, home: Path | None, known: Capabilities, most: int
     for member in folders:
         adapter, digest, stamped = read_confined(member, home)
         check_fits(adapter, known)
+        if known.quantize and (note := rounding_note(adapter, known.quantize)):
+            log.warning("%s", note)
         values = np.ascontiguousarray(adapter.prompt.values.numpy(), dtype=np.float32)
         parts.append(Part(values, adapter.prompt.kind, adapter.sidecar.task if adapter.sidecar else None))
         created = max(created, stamped[CONFIG][2] // 10**9)

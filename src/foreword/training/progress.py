@@ -28,7 +28,8 @@ class MetricsFile:
         self.path = folder / METRICS
         try:
             self._file = self.path.open("ab")
-            self._file.truncate(keep_bytes)  # lines after the checkpoint will be written again
+            # Lines after the checkpoint will be written again; other processes than the first have none before it.
+            self._file.truncate(min(keep_bytes, self.size))
         except OSError as e:
             raise self._failed(e) from None
 

@@ -215,6 +215,7 @@ class TransformersEngine:
             samples=SAMPLES,
             fingerprint=backbone.fingerprint.as_dict(),
             prefix_width=backbone.geometry.width if prefixes else 0,
+            quantize=backbone.rounding,
         )
 
     @property
