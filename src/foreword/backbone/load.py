@@ -23,7 +23,7 @@ from foreword.backbone.quantise import (
     quiet_import,
     rounding_of,
 )
-from foreword.backbone.shards import sharding
+from foreword.backbone.shards import check_heads, sharding
 from foreword.backbone.source import or_cached, quiet_loading, resolve
 from foreword.config import ModelConfig
 from foreword.errors import ForewordError
@@ -173,6 +173,7 @@ def load_backbone(config: ModelConfig, world: World = ALONE) -> Backbone:
     check_quantised(model, config.quantize, config.id)
     model = made_trainable(freeze(model if sharded else model.to(device)))
     if sharded:  # its root must run before its embedding does
+        check_heads(model.config.get_text_config(), world.layout, config.id)
         with torch.no_grad():
             model(input_ids=torch.tensor([[1]], device=device), use_cache=False)
     return Backbone(model, tokenizer, config.id, config.revision, rounding_of(model, config.quantize), world)

@@ -6,6 +6,7 @@ pass through it as they are, since the hook stands on the embedding's output ins
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,19 @@ def sharding(layout: Layout, quantize: str) -> dict[str, Any]:
 
     config = DistributedConfig(tp_size=layout.tp, fsdp_size=layout.fsdp, dp_replicate_size=layout.ddp)
     return {"distributed_config": config}
+
+
+def check_heads(config: Any, layout: Layout, name: str) -> None:
+    """Refuses tensor parallelism over a number of processes that does not divide the heads.
+
+    Raises:
+        ForewordError: query or key-value heads are left over.
+    """
+    queries = int(getattr(config, "num_attention_heads", 0) or 0)
+    heads = math.gcd(queries, int(getattr(config, "num_key_value_heads", None) or queries))
+    if heads % layout.tp:
+        sizes = ", ".join(f"tp={n}" for n in range(1, heads + 1) if heads % n == 0)
+        raise ForewordError(f"tp={layout.tp} does not divide the heads of {name}", KEY, f"{sizes}; or fsdp")
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
