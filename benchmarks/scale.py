@@ -107,7 +107,7 @@ def _summed(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "layout": first["layout"], "processes": first["processes"], "seconds": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)], "peak_mb": max(r["peak_mb"] for r in rounds), "norm": first["norm"],
-        "collectives": counted(first["calls"]),
+        "link": first["link"], "collectives": counted(first["calls"]),
     }  # fmt: skip
 
 

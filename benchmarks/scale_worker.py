@@ -31,6 +31,8 @@ from foreword.training.state import Population, make_plan, start
 
 COLLECTIVES = ("all_gather", "allgather", "all_reduce", "allreduce", "reduce_scatter", "broadcast", "all_to_all")
 WARM_UP = 2
+LARGE, LINK_CALLS = 16 << 20, 9
+"""Bytes of the tensor that the connection is measured with, and how often."""
 
 
 class Counting(TorchDispatchMode):
@@ -93,7 +95,24 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         "layout": str(world.layout), "processes": world.layout.processes, "seconds": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)], "norm": _norm(population), "calls": counted.calls,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "link": link() if world.several else None,
     }  # fmt: skip
+
+
+def link() -> dict[str, float]:
+    """What the processes' connection does: bytes a second that each sends, and seconds of the smallest collective."""
+    large, small = torch.zeros(LARGE // 4), torch.zeros(1)
+    return {"bytes_a_second": LARGE / _median(large), "latency": _median(small)}  # of two, each sends as many bytes
+
+
+def _median(tensor: torch.Tensor) -> float:
+    times = []
+    for _ in range(LINK_CALLS):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(tensor)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def _timed(engine: Eager) -> float:

@@ -30,6 +30,7 @@ TESTS = Path(__file__).parent
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 SHARED: Mapping[str, Any] = {"verb": "train", "data": DATA, "text": "text", "label": "label"}
 TRAIN = {"epochs": 3, "batch_size": 4}
+SEARCH = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "rows": {"eval_data": DATA[:5]},
     "hard": {"train": {**TRAIN, "batch_size": 2, "accumulate": 2, "clip": 1.0, "recompute": True}},
@@ -105,10 +106,9 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for count, found in LAYOUTS.items():
         jobs = [job(model, out / name_of(lay, f, count), f, lay) for lay, forms in found.items() for f in forms]
         if count == 2:
-            tune = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
             again = job(model, out / "resumed", "rows", "ddp=2")
             jobs += [{**again, "stop": 4}, {**again, "resume": True}]
-            jobs.append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "tuned"), "tune": tune,
+            jobs.append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "tuned"), "tune": SEARCH,
                          "train": TRAIN})  # fmt: skip
         launch(count, jobs, out / f"jobs-{count}")
     return out
@@ -171,17 +171,37 @@ def test_interrupted_and_resumed_by_as_many_is_uninterrupted_byte_for_byte(runs:
 def test_a_search_over_processes_is_the_search_of_one(runs: Path, model: Path, tmp_path: Path) -> None:
     foreword.tune(
         model=str(model), data=DATA, text="text", label="label", out=tmp_path / "one", quiet=True, train=TRAIN,
-        tune={"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)},
+        tune=SEARCH,
     )  # fmt: skip
-    ours, theirs = (json.loads((r / "tune.json").read_text()) for r in (runs / "tuned", tmp_path / "one"))
+    same_search(runs / "tuned", tmp_path / "one")
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own, by the dozen
+def test_a_search_on_ray_is_the_search_of_one(runs: Path, model: Path, tmp_path: Path) -> None:
+    """Two workers of a cluster that is started here."""
+    import ray
+
+    try:
+        foreword.tune(
+            model=str(model), data=DATA, text="text", label="label", out=tmp_path / "ray", quiet=True, train=TRAIN,
+            tune={**SEARCH, "ray": "local", "ray_workers": 2},
+        )  # fmt: skip
+    finally:
+        ray.shutdown()
+    same_search(tmp_path / "ray", runs / "tuned")
+
+
+def same_search(one: Path, other: Path) -> None:
+    """Trials and members of two searches are the same."""
+    ours, theirs = (json.loads((r / "tune.json").read_text()) for r in (one, other))
     assert ours["members"] == theirs["members"]
     for mine, reference in zip(ours["trials"], theirs["trials"], strict=True):
         assert {k: v for k, v in mine.items() if k not in ("seconds", "loss")} == {
             k: v for k, v in reference.items() if k not in ("seconds", "loss")
         }
         assert mine["loss"] == pytest.approx(reference["loss"], abs=1e-5)
-    for member in sorted((tmp_path / "one" / "members").iterdir()):
-        mine, reference = (load_file(r / "members" / member.name / WEIGHTS) for r in (runs / "tuned", tmp_path / "one"))
+    for member in sorted((other / "members").iterdir()):
+        mine, reference = (load_file(r / "members" / member.name / WEIGHTS) for r in (one, other))
         for name, tensor in reference.items():
             torch.testing.assert_close(mine[name], tensor, atol=2e-5, rtol=0)
 
