@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-compare bench-table results soak clean
+.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-scale bench-compare bench-table results soak clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -47,6 +47,10 @@ soak: $(VENV)/.installed-dev
 bench-gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
+# One, two and four processes on this machine's cores: make bench-scale ARGS="--rounds 5"
+bench-scale: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/scale.py $(ARGS)
+
 # Exit code 1 where Foreword got slower than in the result before.
 bench-compare: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/compare.py $(ARGS)
@@ -55,6 +59,7 @@ bench-table: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/table.py
 	$(VENV)/bin/python benchmarks/methods_table.py
 	$(VENV)/bin/python benchmarks/serving_table.py > docs/serving-speed.md
+	$(VENV)/bin/python benchmarks/scale_table.py
 
 # docs/results.md from stored numbers; benchmarks/quality.py --data FOLDER measures them
 results: $(VENV)/.installed-dev

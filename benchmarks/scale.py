@@ -3,8 +3,8 @@
 .venv/bin/python benchmarks/scale.py [--rounds 3]
 
 The backbone has SmolLM2-135M's shape but for its 9 heads, of which no two processes can have as many: 8 of 72, random
-weights. Every process has a core of its own, the single one too. Layouts take turns, round by round. Which
-collectives a step calls, and of what size, is counted in a step of its own.
+weights. Every process has a core of its own, the single one too; more processes than cores share them. Layouts take
+turns, round by round. Which collectives a step calls, and of what size, is counted in a step of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shapes import SHAPES, TINY
 from foreword.backbone.load import load_tokenizer
 from foreword.config import ModelConfig
 
-LAYOUTS = ("ddp=1", "ddp=2", "fsdp=2", "tp=2")
+LAYOUTS = ("ddp=1", "ddp=2", "fsdp=2", "tp=2", "ddp=4", "fsdp=2,tp=2")
 WORKER = Path(__file__).with_name("scale_worker.py")
 STEP = {"virtual_tokens": 16, "batch_size": 8, "tokens": 36, "targets": 3}
 
@@ -76,7 +76,7 @@ def made(folder: Path, tiny: bool) -> Path:
 def run(layout: str, model: str, steps: int, cores: Sequence[int]) -> dict[str, Any]:
     """One launch: what scale_worker.py found."""
     count = processes(layout)
-    own = [[core] for core in cores] if count <= len(cores) else []
+    own = [[core] for core in cores]
     settings = {**STEP, "layout": layout, "model": model, "steps": steps, "threads": 1, "cores": own}
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "settings.json", Path(folder) / "found.json"

@@ -82,9 +82,11 @@ class Machine:
         name: as in tables.
         flops: a second that a process reaches in matrix products.
         inside, across: bytes a second that a process sends within a machine, and between machines.
+        summing: the same within a machine where tensors are summed; 0: as ``inside``.
         latency: seconds of the smallest collective, for each doubling of its processes.
         per_machine: processes of a machine.
         memory: bytes a process has.
+        overlaps: whether it computes while weights are gathered.
     """
 
     name: str
@@ -94,6 +96,8 @@ class Machine:
     latency: float
     per_machine: int
     memory: float = math.inf
+    summing: float = 0.0
+    overlaps: bool = True
 
 
 class Collective(NamedTuple):
@@ -113,7 +117,8 @@ class Collective(NamedTuple):
 
     def seconds(self, machine: Machine) -> float:
         """Time of all calls."""
-        speed = machine.inside if self.span <= machine.per_machine else machine.across
+        inside = machine.summing if machine.summing and self.kind == "all_reduce" else machine.inside
+        speed = inside if self.span <= machine.per_machine else machine.across
         return self.sent / speed + self.calls * machine.latency * math.log2(self.over)
 
 
@@ -124,16 +129,16 @@ def gradients(step: Step, layout: Layout) -> list[Collective]:
 
 
 def gathers(shape: Shape, step: Step, layout: Layout) -> list[Collective]:
-    """FSDP2: layers and embedding on the way there and on the way back; norm and head stay once they are there."""
+    """FSDP2: layers and an embedding of its own on the way there and back; norm and head stay once they are there."""
     if layout.fsdp == 1:
         return []
 
-    def gather(parameters: int, calls: int) -> Collective:
-        size = parameters * shape.width // layout.tp
+    def gather(parameters: int, norms: int, calls: int) -> Collective:
+        size = (parameters // layout.tp + norms) * shape.width  # tensor parallelism leaves norms whole
         return Collective("all_gather", size, calls * step.passes, layout.fsdp, layout.fsdp * layout.tp)
 
-    head = gather(shape.table + shape.hidden, 1)
-    return [gather(shape.layer, 2 * shape.layers), *([] if shape.tied else [gather(shape.table, 2)]), head]
+    layer = gather(shape.layer - 2 * shape.hidden, 2 * shape.hidden, 2 * shape.layers)
+    return [layer, gather(shape.table, 0, 1 if shape.tied else 2), gather(shape.table, shape.hidden, 1)]
 
 
 def sums(shape: Shape, step: Step, layout: Layout) -> list[Collective]:
@@ -172,7 +177,7 @@ def seconds(shape: Shape, step: Step, layout: Layout, machine: Machine) -> float
     computing = flops(shape, step, layout) / machine.flops
     gathering = sum(c.seconds(machine) for c in gathers(shape, step, layout))
     summing = sum(c.seconds(machine) for c in (*sums(shape, step, layout), *gradients(step, layout)))
-    return max(computing, gathering) + summing
+    return (max(computing, gathering) if machine.overlaps else computing + gathering) + summing
 
 
 def share(step: Step, rows: int, layout: Layout, budget: int) -> Step:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,14 +133,16 @@ def predicted(result: Mapping[str, Any], layout: Layout) -> list[Collective]:
     return [*gradients(step, layout), *gathers(shape, step, layout), *sums(shape, step, layout)]
 
 
-def machine_of(result: Mapping[str, Any]) -> Machine:
-    """This machine: speed of one process from its own steps, and the connection as it was measured."""
+def machine_of(result: Mapping[str, Any], processes: int = 1) -> Machine:
+    """This machine for so many processes: speed of one from its own steps, and the connection as it was measured."""
     one = next(r for r in result["layouts"] if r["processes"] == 1)
-    links = [r["link"] for r in result["layouts"] if r["link"]]
+    links = [r["link"] for r in result["layouts"] if r["processes"] == 2]
     work = flops(shape_of(result), step_of(result, Layout()), Layout())
-    speed = sorted(link["bytes_a_second"] for link in links)[len(links) // 2]
-    latency = sorted(link["latency"] for link in links)[len(links) // 2]
-    return Machine("here", work / one["seconds"], speed, speed, latency, result["cores"])
+    gather, summing, latency = (statistics.median(link[k] for link in links) for k in ("gather", "sum", "latency"))
+    share = min(1.0, result["cores"] / processes)
+    return Machine(
+        "here", share * work / one["seconds"], gather, gather, latency, processes, summing=summing, overlaps=False
+    )
 
 
 def _sent(result: Mapping[str, Any]) -> Iterator[str]:
@@ -173,7 +176,8 @@ def _measured(result: Mapping[str, Any]) -> Iterator[str]:
         f"{result['cores']} cores of a {result['machine']['cpu']}, one a process, the single process on one too; "
         f"medians of {result['step']['rounds']} rounds in turn, {result['date']}. Predicted: the counts, with the "
         f"speed of the single process ({machine.flops / 1e9:.0f} GFLOP/s) and the connection as measured beside "
-        f"the steps ({machine.inside / 1e9:.2f} GB/s, {machine.latency * 1e6:.0f} µs a call)."
+        f"the steps (weights {machine.inside / 1e9:.2f} GB/s, activations {machine.summing / 1e9:.2f} GB/s, "
+        f"{machine.latency * 1e6:.0f} µs a call)."
     )
     yield ""
     yield "| layout | seconds a step | of one process's speed | predicted | MB of memory |"
@@ -181,14 +185,18 @@ def _measured(result: Mapping[str, Any]) -> Iterator[str]:
     one = next(r["seconds"] for r in result["layouts"] if r["processes"] == 1)
     for run in result["layouts"]:
         layout = parse_layout(run["layout"], run["processes"])
-        said = seconds(shape, step_of(result, layout), layout, machine)
+        said = seconds(shape, step_of(result, layout), layout, machine_of(result, run["processes"]))
         low, high = run["spread"]
         yield (
             f"| {_title(run)} | {run['seconds']:.2f} [{low:.2f}, {high:.2f}] "
             f"| {one / run['seconds']:.2f} | {said:.2f} | {run['peak_mb']} |"
         )
     yield ""
-    yield "On processors that share one memory, spreading a small backbone costs time and is for trying it out."
+    yield (
+        "Data parallel steps take what the counts say. Spread layouts take longer here: torch copies every gathered "
+        "layer twice and waits for the slower process at every collective, on the cores that compute; and four "
+        "processes share two cores. So on one machine of processors spreading is for trying it out."
+    )
 
 
 def _memory() -> Iterator[str]:

@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from foreword.training.state import Population, make_plan, start
 
 COLLECTIVES = ("all_gather", "allgather", "all_reduce", "allreduce", "reduce_scatter", "broadcast", "all_to_all")
 WARM_UP = 2
-LARGE, LINK_CALLS = 16 << 20, 9
-"""Bytes of the tensor that the connection is measured with, and how often."""
+GATHERED, SUMMED, LINK_CALLS = 14 << 20, 680 << 10, 15
+"""Bytes that the connection is measured with, about a layer's weights and its activations, and how often."""
 
 
 class Counting(TorchDispatchMode):
@@ -101,16 +101,22 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
 
 def link() -> dict[str, float]:
     """What the processes' connection does: bytes a second that each sends, and seconds of the smallest collective."""
-    large, small = torch.zeros(LARGE // 4), torch.zeros(1)
-    return {"bytes_a_second": LARGE / _median(large), "latency": _median(small)}  # of two, each sends as many bytes
+    n = dist.get_world_size()
+    whole, part, one = torch.zeros(GATHERED // 4), torch.zeros(GATHERED // 4 // n), torch.zeros(1)
+    summed = torch.zeros(SUMMED // 4)
+    return {
+        "gather": GATHERED * (n - 1) / n / _median(lambda: dist.all_gather_into_tensor(whole, part)),
+        "sum": 2 * SUMMED * (n - 1) / n / _median(lambda: dist.all_reduce(summed)),
+        "latency": _median(lambda: dist.all_reduce(one)),
+    }
 
 
-def _median(tensor: torch.Tensor) -> float:
+def _median(call: Callable[[], Any]) -> float:
     times = []
     for _ in range(LINK_CALLS):
         dist.barrier()
         began = time.perf_counter()
-        dist.all_reduce(tensor)
+        call()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

@@ -95,7 +95,8 @@ def load(path_or_id: str | Path, **options: Any) -> Foreword | Ensemble:
         path_or_id: folder or hub id.
         options: ``model`` (backbone, where the adapter's own name for it does not lead to it), ``device``,
             ``dtype``, ``revision`` (of a hub adapter), ``template``, ``label_words`` and ``separator`` (for adapters
-            without a sidecar), ``force`` (another backbone than it was trained for), ``quantize``.
+            without a sidecar), ``force`` (another backbone than it was trained for), ``quantize``,
+            ``device_map``, ``max_memory``.
 
     Raises:
         ForewordError: nothing there, something damaged, or a backbone that does not match.

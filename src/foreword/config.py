@@ -31,6 +31,11 @@ class ModelConfig:
     what a long packed row does not see (CUDA only)."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), cuda, cuda:N, mps or cpu."""
+    device_map: str = ""
+    """auto: spread the layers over all cards, and what does not fit over RAM and disk, from where it is fetched for
+    every pass (accelerate); scoring only then, as no gradient passes weights that are not there."""
+    max_memory: Mapping[str, str] = field(default_factory=dict)
+    """With device_map: most memory to use, {card number or cpu: size}, as in {0: 40GB, cpu: 64GB}."""
     quantize: str = "none"
     """Round the backbone's weights while loading: none, nf4 or int8 (bitsandbytes), int8-weight or
     float8-weight (torchao); int8-dynamic (torchao) is for scoring only, as no gradient passes it."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from foreword.backbone.offload import fetched
 from foreword.backbone.shards import whole
 
 PROBES = 64
@@ -59,13 +60,14 @@ def fingerprint(model: nn.Module, config: Any) -> Fingerprint:
     Half of the probes lie in the embedding table, half in the one-dimensional weights (norms
     and biases) from the first layer to the last: these are never quantised.
     """
-    table = whole(model.get_input_embeddings().weight.detach())  # type: ignore[operator]
+    table = whole(fetched(model.get_input_embeddings(), "weight").detach())  # type: ignore[operator]
     flat = table.reshape(-1)
     half = PROBES // 2
     values = flat[_spread(flat.numel(), half).to(flat.device)].float().tolist()
-    vectors = [p for _, p in sorted(model.named_parameters()) if p.dim() == 1 and p.is_floating_point()]
+    vectors = [n for n, p in sorted(model.named_parameters()) if p.dim() == 1 and p.is_floating_point()]
     for i in _spread(len(vectors), min(half, len(vectors))).tolist():
-        v = whole(vectors[i].detach())
+        owner, _, name = vectors[i].rpartition(".")
+        v = whole(fetched(model.get_submodule(owner), name).detach())
         values.append(v[v.numel() // 2].float().item())
     text = config.get_text_config()
     return Fingerprint(str(text.model_type), table.shape[1], table.shape[0], int(text.num_hidden_layers), tuple(values))

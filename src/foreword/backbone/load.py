@@ -15,6 +15,7 @@ from torch import nn
 from foreword.backbone.fingerprint import Fingerprint, fingerprint
 from foreword.backbone.head import knows_head
 from foreword.backbone.kv import Geometry, probed
+from foreword.backbone.offload import computes_on, offloaded, spreading
 from foreword.backbone.quantise import (
     check_quantised,
     made_trainable,
@@ -100,8 +101,12 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where its weights lie."""
-        device: torch.device = self.embedding.weight.device  # type: ignore[assignment]
-        return device
+        return computes_on(self.embedding)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether some weights are fetched for every pass: they score, and no gradient passes them."""
+        return offloaded(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +166,11 @@ def load_backbone(config: ModelConfig, world: World = ALONE) -> Backbone:
     if rounding := quantised(config.quantize, dtype):
         # Weights are rounded where they will lie, one by one: the model is never there in full.
         chosen |= {"quantization_config": rounding, "device_map": {"": device}}
+    if spread := bool(config.device_map):
+        if world.several:
+            what = "several processes have a device each"
+            raise ForewordError(what, "key model.device_map", "train.parallel=fsdp=N spreads the weights over them")
+        chosen |= spreading(config.device_map, config.max_memory)
     if sharded := world.layout.sharded:
         chosen |= sharding(world.layout, config.quantize)
     if config.attention == "flex_attention" and device.type != "cuda":
@@ -171,7 +181,7 @@ def load_backbone(config: ModelConfig, world: World = ALONE) -> Backbone:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **chosen, **options)
         tokenizer = _tokenizer(source, options)
     check_quantised(model, config.quantize, config.id)
-    model = made_trainable(freeze(model if sharded else model.to(device)))
+    model = made_trainable(freeze(model if sharded or spread else model.to(device)))
     if sharded:  # its root must run before its embedding does
         check_heads(model.config.get_text_config(), world.layout, config.id)
         with torch.no_grad():

@@ -207,6 +207,8 @@ def load(
     separator: str = " ",
     force: bool = False,
     quantize: str | None = None,
+    device_map: str = "",
+    max_memory: Mapping[str, str] | None = None,
 ) -> Foreword:
     """Loads a run, an adapter folder (ours or PEFT's) or a hub adapter, with its backbone.
 
@@ -221,6 +223,7 @@ def load(
         separator: between context and target, for adapters without a sidecar.
         force: use a backbone that is not the one the soft prompt was trained for.
         quantize: as ``model.quantize``; None: as it was trained.
+        device_map, max_memory: as in the ``model`` section, for a backbone larger than a card.
 
     Raises:
         ForewordError: no adapter there, a damaged one, or a backbone that does not match.
@@ -235,7 +238,11 @@ def load(
     rounded = quantize or (trained if trained in KINDS else "none")  # else its checkpoint brings it
     config_revision = None if model else known.get("revision") or adapter.config.get("revision")
     try:
-        backbone = load_backbone(ModelConfig(str(name), config_revision, dtype=dtype, device=device, quantize=rounded))
+        config = ModelConfig(
+            str(name), config_revision, dtype=dtype, device=device, quantize=rounded, device_map=device_map,
+            max_memory=max_memory or {},
+        )  # fmt: skip
+        backbone = load_backbone(config)
     except ForewordError as e:
         if model:
             raise

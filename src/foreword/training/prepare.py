@@ -63,6 +63,10 @@ def prepared(
     Raises:
         ForewordError: an engine was asked for by name and does not work here.
     """
+    if backbone.offloaded:
+        what = "part of the backbone lies outside the cards' memory, where no gradient passes"
+        fix = "model.quantize=nf4, more model.max_memory, or torchrun with train.parallel=fsdp=N"
+        raise ForewordError(what, "key model.device_map", fix)
     opening = common_opening([s.context for s in rows])
     segments = [replace(s, context=s.context[len(opening) :]) for s in rows]
     prompt = population.states[0].method.soft_prompt()
