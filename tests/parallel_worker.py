@@ -1,7 +1,9 @@
-"""What one process of torchrun does in tests/test_parallel.py: the jobs of a JSON file, one after the other.
+"""The processes of tests/test_parallel.py: parallel_worker.py MODEL (COUNT PORT JOBS)...
 
-A job is {"out": folder, "verb": "train" or "tune", ...keyword arguments}; with "stop" the last process wants to stop
-after so many steps. The first one leaves in sent.json what it sent in its steps.
+So many processes at a time do the jobs of a JSON file, one after the other. They are forks of this one, which has
+imported everything once and called nothing that starts a thread; else they are as torchrun would start them. A job is
+{"out": folder, "verb": "train" or "tune", ...keyword arguments}; with "stop" the last process wants to stop after so
+many steps. The first one leaves in sent.json what it sent in its steps.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,8 @@ import torch
 import torch.distributed as dist
 
 import foreword
+from foreword.backbone.load import load_backbone
+from foreword.config import ModelConfig
 from foreword.jobs import training
 from foreword.training.engine import Eager
 
@@ -74,9 +79,10 @@ def stopping(after: int) -> Iterator[None]:
         training.interruptible = whole
 
 
-def main() -> None:
+def work(jobs: Path) -> None:
+    """What one process does."""
     dist.init_process_group("gloo")
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(jobs.read_text()):
         verb = getattr(foreword, job.pop("verb"))
         sent: list[list[int]] = []
         first = os.environ["RANK"] == "0"
@@ -90,6 +96,29 @@ def main() -> None:
             verb(quiet=True, **job)
         if first:
             (Path(job["out"]) / "sent.json").write_text(json.dumps(sent))
+
+
+def fork(rank: int, count: int, port: str, jobs: Path) -> int:
+    """Another process, its number."""
+    if pid := os.fork():
+        return pid
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    try:
+        work(jobs)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    load_backbone(ModelConfig(sys.argv[1]))
+    for count, port, jobs in zip(*[iter(sys.argv[2:])] * 3, strict=True):
+        pids = [fork(rank, int(count), port, Path(jobs)) for rank in range(int(count))]
+        failed = [pid for pid in pids if os.waitpid(pid, 0)[1]]
+        if failed:
+            sys.exit(1)
 
 
 main()

@@ -87,9 +87,9 @@ def test_rows_that_are_shown_are_never_trained_on(
     read: list[list[list[tuple[int, ...]]]] = []
     plain = passes.Reader.read
 
-    def spy(self: passes.Reader, batches: list[list[Segment]]) -> list[passes.Pass]:
+    def spy(self: passes.Reader, batches: list[list[Segment]], *world: World) -> list[passes.Pass]:
         read.append([[(*self.opening, *s.context) for s in batch] for batch in batches])
-        return plain(self, batches)
+        return plain(self, batches, *world)
 
     monkeypatch.setattr(passes.Reader, "read", spy)
     trained = train_in(
