@@ -24,6 +24,7 @@ from foreword.errors import ForewordError
 from foreword.jobs.fewshot import FewShot, shown_in
 from foreword.jobs.prepare import beginnings, make_encoder, settle_tokens
 from foreword.jobs.training import train_in
+from foreword.parallel.world import World
 from foreword.records import Example, Segment, Task
 from foreword.training import passes
 
