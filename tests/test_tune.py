@@ -279,6 +279,9 @@ def test_optuna_searches_too(model_folder: Path, tmp_path: Path) -> None:
         (("tune.virtual_tokens=[8, 8]",), "tune.virtual_tokens is [8, 8]"),
         (("tune.sampler=grid",), "tune.sampler is 'grid'"),
         (("tune.lr_factors=[0]",), "factors are more than 0"),
+        (("tune.ray=local", "train.parallel=ddp=1"), "on Ray or spread, not both"),
+        (("tune.ray=local", "tune.ray_workers=-1"), "-1 workers"),
+        (("train.collective_minutes=0",), "processes cannot wait 0.0 minutes for each other"),
         (("tune.membres=3",), "did you mean 'tune.members'?"),
     ],
 )  # fmt: skip

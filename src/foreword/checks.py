@@ -122,6 +122,8 @@ def check_tune(recipe: Recipe) -> None:
         _need(method not in ("cpt", "multitask"), "tune.methods", f"{method} has a start of its own", "leave it out")
     _need(min(tune.virtual_tokens) >= 1, "tune.virtual_tokens", "a soft prompt has tokens", "give 1 or more")
     _need(0 < min(tune.lr_factors) < math.inf, "tune.lr_factors", "factors are more than 0", "such as [1, 3, 0.3]")
+    _need(tune.ray_workers >= 0, "tune.ray_workers", f"{tune.ray_workers} workers", "give 0 or more")
+    _need(not (tune.ray and recipe.train.parallel), "tune.ray", "trainings are on Ray or spread, not both", "keep one")
     _need(tune.folds >= 2, "tune.folds", f"{tune.folds} folds leave nothing out", "tune.folds=3")
     _need(tune.members >= 1, "tune.members", f"an ensemble of {tune.members}", "tune.members=1 is a single one")
     limits = [x for x in (tune.minutes, tune.trainings) if x]
@@ -155,6 +157,9 @@ def _check_numbers(recipe: Recipe) -> None:
     for key in FRACTIONS:
         value = value_of(recipe, key)
         _need(0 <= value < 1, key, f"{key} must lie in [0, 1), not {value}", f"for example {key}=0.2")
+    minutes = recipe.train.collective_minutes
+    what = f"processes cannot wait {minutes} minutes for each other"
+    _need(0 < minutes < math.inf, "train.collective_minutes", what, "train.collective_minutes=10")
     _need(folds == 0 or folds >= 2, "data.folds", f"data.folds must be 0 or at least 2, not {folds}", "data.folds=5")
 
 
