@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,19 @@ def run(
         raise ForewordError("distill keys mean nothing to train", "keys distill.*", "use foreword distill")
     splits = read_splits(recipe.data, rows, eval_rows)
     splits = replace(splits, task=replace(splits.task, placement=recipe.prompt.placement))
+    with begun(recipe, splits.data_hash, out, resume) as (world, folder):
+        job = _Job(recipe, splits, folder, console if world.first else Console(quiet=True), world)
+        mark_started(recipe, splits.data_hash, folder)
+        trained = job.train()
+        job.write(trained, job.score(trained))
+        if world.first or world.layout.sharded:
+            job.report(trained)
+    return replace(job.backbone, world=ALONE)
+
+
+@contextmanager
+def begun(recipe: Recipe, data_hash: str, out: Path, resume: bool) -> Iterator[tuple[World, Path]]:
+    """A run's processes, and the folder that this one writes to and holds; a resumed run is the one begun there."""
     device, train = choose_device(recipe.model.device), recipe.train
     with (
         joined(train.parallel, device, train.collective_minutes) as world,
@@ -89,14 +103,8 @@ def run(
         memory_explained(MEMORY_KNOB),
     ):
         if resume:
-            same_run(recipe, splits.data_hash, folder)
-        job = _Job(recipe, splits, folder, console if world.first else Console(quiet=True), world)
-        mark_started(recipe, splits.data_hash, folder)
-        trained = job.train()
-        job.write(trained, job.score(trained))
-        if world.first or world.layout.sharded:
-            job.report(trained)
-    return replace(job.backbone, world=ALONE)
+            same_run(recipe, data_hash, folder)
+        yield world, folder
 
 
 def mark_started(recipe: Recipe, data_hash: str, out: Path) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from foreword.artifact.atomic import write_atomic
-from foreword.artifact.lock import run_folder
-from foreword.backbone.load import Backbone, choose_device, load_backbone
+from foreword.backbone.load import Backbone, load_backbone
 from foreword.checks import check, check_tune
 from foreword.config import Recipe
 from foreword.data.labels import label_names
@@ -26,11 +25,10 @@ from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
 from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
-from foreword.jobs.prepare import memory_explained
-from foreword.jobs.train import MEMORY_KNOB, check_names, mark_started, same_run
+from foreword.jobs.train import begun, check_names, mark_started
 from foreword.jobs.training import say
 from foreword.jobs.tuned import Expected, Made, write_tuned
-from foreword.parallel.world import ALONE, World, joined
+from foreword.parallel.world import ALONE, World
 from foreword.prompts.methods.context_tuning import own_tokens
 from foreword.prompts.methods.registry import EXAMPLES, find
 from foreword.records import Row
@@ -106,15 +104,7 @@ def tune(
     if len(splits.train) < recipe.tune.folds:
         what = f"{len(splits.train)} rows cannot be parted in {recipe.tune.folds}"
         raise ForewordError(what, "key tune.folds", "give more rows, or tune.folds=2")
-    device, train = choose_device(recipe.model.device), recipe.train
-    with (
-        joined(train.parallel, device, train.collective_minutes) as world,
-        world.folder(out) as folder,
-        run_folder(folder, resume),
-        memory_explained(MEMORY_KNOB),
-    ):
-        if resume:
-            same_run(recipe, splits.data_hash, folder)
+    with begun(recipe, splits.data_hash, out, resume) as (world, folder):
         search = _Search(recipe, splits, folder, console if world.first else Console(quiet=True), world)
         mark_started(recipe, splits.data_hash, folder)
         search.run()
