@@ -52,11 +52,11 @@ def plan(units: float, space: int, folds: int, members: int) -> Budget:
         folds: of the cross-validation.
         members: the most that are wanted.
     """
-    wanted = Budget(_rungs(space, folds), 0).units(folds)
-    share = min(units * SEARCH_SHARE, wanted)
+    count = min(LEAST, space)
+    least, wanted = (Budget(_rungs(n, folds), 0).units(folds) for n in (count, space))
+    share = max(least, min(units * SEARCH_SHARE, wanted))
     kept = max(1, min(members, math.floor(units - share)))
     share = max(share, units - kept)
-    count = min(LEAST, space)
     while count < space and Budget(_rungs(count + 1, folds), 0).units(folds) <= share:
         count += 1
     return Budget(_rungs(count, folds), kept)
