@@ -25,7 +25,7 @@ import results
 from quality_contenders import ANSWERS, CONTENDERS, DRAWLESS, Answer, Bench, Job
 from quality_data import DATA, Labelled, Split, by_class, splits
 
-from foreword.backbone.load import choose_device
+from foreword.backbone.load import choose_device, choose_dtype
 from foreword.config import TuneConfig
 from foreword.evaluation.metrics import accuracy, confusion_matrix, macro_f1
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Measures what is asked for and not yet known; returns the results file."""
     args = _arguments(argv)
     mend(args.cache)
-    bench = Bench(args.model, args.few_shot_tokens, args.tune_minutes, args.tune_trainings, args.tune_members)
+    bench = Bench(args.model, args.few_shot_tokens, args.tune_minutes, args.tune_trainings, args.tune_members,
+                  dtype=args.dtype)  # fmt: skip
     measure_all(bench, args)
     return write(args)
 
@@ -100,7 +101,7 @@ def measure(bench: Bench, cell: Cell, parts: Sequence[Split]) -> list[dict[str, 
     truth = [row for part in parts for row in part.test]
     shared = dataclasses.asdict(cell) | {
         "model": results.data_name(bench.model), "train_rows": len(parts[0].train), "test_rows": len(truth),
-        "seconds": round(time.monotonic() - began, 1), **where(),
+        "seconds": round(time.monotonic() - began, 1), **where(bench.dtype),
     }  # fmt: skip
     return [
         shared | {"contender": name} | scores(truth, [label for a in answers for label in a[name].labels])
@@ -109,10 +110,16 @@ def measure(bench: Bench, cell: Cell, parts: Sequence[Split]) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def where() -> dict[str, Any]:
-    """Day and machine of a result: cells may come from several."""
-    facts = results.facts(choose_device("auto"))
-    return {"date": facts["date"], "machine": facts["machine"], "foreword": facts["versions"]["foreword"]}
+def where(dtype: str) -> dict[str, Any]:
+    """Day, machine and type of the weights of a result: cells may come from several."""
+    device = choose_device("auto")
+    facts, computed = results.facts(device), str(choose_dtype(dtype, device)).removeprefix("torch.")
+    return {
+        "dtype": computed,
+        "date": facts["date"],
+        "machine": facts["machine"],
+        "foreword": facts["versions"]["foreword"],
+    }
 
 
 def scores(rows: Sequence[Labelled], said: Sequence[str]) -> dict[str, float]:
@@ -191,6 +198,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-rows", type=int, default=0, help="a fixed random subset of so many; 0: all")
     parser.add_argument("--budget-minutes", type=float, default=0, help="begin nothing after so many; 0: no limit")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto", help="of the backbone's weights, as model.dtype")
     parser.add_argument("--few-shot-tokens", type=int, default=1024)
     parser.add_argument("--tune-minutes", type=float, default=TuneConfig().minutes)
     parser.add_argument("--tune-trainings", type=float, default=0, help="its budget, instead of minutes")

@@ -51,6 +51,8 @@ class Bench:
     members: int = TuneConfig().members
     """Members of its ensemble."""
     guide_epochs: int = GUIDE_EPOCHS
+    dtype: str = "auto"
+    """Of the backbone: bfloat16 is twice as fast on processors that have it."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Keys over Foreword's defaults: for dry runs only."""
 
@@ -65,10 +67,20 @@ class Bench:
         """What one ``foreword tune`` may spend, in words."""
         return f"{self.trainings:g} trainings" if self.trainings else f"{self.minutes:g} minutes"
 
+    @property
+    def config(self) -> ModelConfig:
+        """The backbone and how it is loaded."""
+        return ModelConfig(self.model, dtype=self.dtype)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The same for ``foreword.train``."""
+        return {"id": self.model, "dtype": self.dtype}
+
     @cached_property
     def backbone(self) -> Backbone:
         """Loaded once, for those that do not train through ``foreword.train``."""
-        return load_backbone(ModelConfig(self.model))
+        return load_backbone(self.config)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ def guide(job: Job) -> dict[str, Answer]:
     """The guide's recipe and tokenisation in Foreword's loop: same loss and updates, without its pads."""
     bench, split = job.bench, guided(job)
     recipe = Recipe(
-        model=ModelConfig(bench.model),
+        model=bench.config,
         data=DataConfig(template="{text}", separator="", label="label", task="classify"),
         prompt=PromptConfig(virtual_tokens=GUIDE_TOKENS, init_text=job.data.instruction),
         train=TrainConfig(lr=opponents.PROMPT_RATE, epochs=bench.guide_epochs, batch_size=GUIDE_BATCH, seed=job.seed),
@@ -196,7 +208,7 @@ def guided(job: Job) -> Split:
 def default(job: Job) -> dict[str, Answer]:
     """``foreword.train`` as it comes."""
     task = foreword.train(
-        model=job.bench.model, data=job.split.train, template=job.data.template, label="label",
+        model=job.bench.keys, data=job.split.train, template=job.data.template, label="label",
         out=job.folder / "default", train={"seed": job.seed, **job.bench.train}, quiet=True,
     )  # fmt: skip
     return {"default": Answer(predicted(task, job.split.test))}
@@ -206,7 +218,7 @@ def context(job: Job) -> dict[str, Answer]:
     """``foreword.train`` by context tuning, with half of a training's epochs as ``foreword tune`` has it."""
     epochs = search_epochs(len(job.split.train))
     task = foreword.train(
-        model=job.bench.model, data=job.split.train, template=job.data.template, label="label",
+        model=job.bench.keys, data=job.split.train, template=job.data.template, label="label",
         out=job.folder / "context", prompt={"method": "context-tuning"},
         train={"seed": job.seed, "epochs": epochs, **job.bench.train}, quiet=True,
     )  # fmt: skip
@@ -217,7 +229,7 @@ def tune(job: Job) -> dict[str, Answer]:
     """``foreword tune`` on the training rows: its ensemble and its best member, with what it expects of each."""
     out, bench = job.folder / "tune", job.bench
     foreword.tune(
-        model=bench.model, data=job.split.train, template=job.data.template, label="label", out=out,
+        model=bench.keys, data=job.split.train, template=job.data.template, label="label", out=out,
         tune={**bench.tune, "seed": job.seed}, train=bench.train, quiet=True,
     )  # fmt: skip
     said = json.loads((out / "tune.json").read_text())
@@ -227,7 +239,7 @@ def tune(job: Job) -> dict[str, Answer]:
         ("tune-single", first if first.is_dir() else out, "expected_single"),
         ("tune-ensemble", out, "expected"),
     ):
-        labels = predicted(foreword.load(folder, model=bench.model), job.split.test)
+        labels = predicted(foreword.load(folder, model=bench.model, dtype=bench.dtype), job.split.test)
         facts = {"budget": bench.budget, "members": said["members"], "expected": stated(said[key])}
         found[name] = Answer(labels, facts)
     return found

@@ -91,7 +91,7 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def _made(result: Mapping[str, Any], runs: Sequence[Run]) -> Iterator[str]:
-    machines = dict.fromkeys(f"{_machine(run['machine'])}" for run in runs)
+    machines = dict.fromkeys(f"{_machine(run['machine'])}, {run.get('dtype', 'float32')}" for run in runs)
     days = sorted({run["date"] for run in runs})
     yield f"Measured {days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} on {'; '.join(machines)};"
     yield ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + f"; {result['file']}."

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import foreword
 from conftest import ROWS
+from foreword.backbone import forward
+from foreword.backbone.choose import choose_layout
 from foreword.backbone.generate import Sampling
+from foreword.backbone.layout import Packed
+from foreword.backbone.load import Backbone, load_backbone
 from foreword.backbone.source import SMOLLM2, resolve
+from foreword.config import ModelConfig
 from foreword.data.sources import rows_table
+from foreword.prompts.soft import SoftPrompt
+from foreword.records import Segment
 
 pytestmark = pytest.mark.model
 
@@ -84,3 +93,44 @@ def _logprob_after(model: object, context: torch.Tensor, ids: tuple[int, ...]) -
     with torch.no_grad():
         logits = model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, -1]  # type: ignore[operator]
     return float(logits.log_softmax(-1)[ids[1]])
+
+
+@pytest.fixture(scope="module")
+def halved() -> Backbone:
+    return load_backbone(ModelConfig(SMOLLM2, dtype="bfloat16"))
+
+
+def told(backbone: Backbone, count: int) -> tuple[SoftPrompt, list[Segment]]:
+    """A text's rows, and training rows behind them."""
+    tokenizer = backbone.tokenizer
+    ids = tokenizer("Classify if the tweet is a complaint or not:")["input_ids"]
+    front = range(backbone.vocab_size, backbone.vocab_size + len(ids))
+    segments = [
+        Segment(
+            (*front, *tokenizer(f"Tweet text : {t} Label :")["input_ids"]), ((*tokenizer(f" {y}")["input_ids"], 0),)
+        )
+        for t, y in ROWS[:count]
+    ]
+    return SoftPrompt(backbone.embedding.weight[ids].detach().float()), segments
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_rounding_to_16_bits_is_not_taken_for_a_wrong_layout(halved: Backbone, gradient: bool) -> None:
+    for first in range(0, len(ROWS) - 1, 2):
+        prompt, segments = told(halved, first + 2)
+        assert choose_layout(halved, prompt, segments[first:], gradient).train == "packed"
+
+
+def spoilt(packed: Packed, how: str) -> Packed:
+    if how == "mask":
+        return replace(packed, end=torch.full_like(packed.ids, packed.ids.shape[1]))
+    return replace(packed, positions=torch.arange(packed.ids.shape[1]).expand_as(packed.ids) + packed.cached)
+
+
+@pytest.mark.parametrize("how", ["mask", "positions"])
+def test_a_wrong_layout_is_found_out_in_16_bits(halved: Backbone, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = forward.pack
+    prompt, segments = told(halved, 2)
+    wrong: Any = lambda *a, **k: spoilt(real(*a, **k), how)  # noqa: E731
+    monkeypatch.setattr(forward, "pack", wrong)
+    assert choose_layout(halved, prompt, segments).train == "rows"

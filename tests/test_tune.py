@@ -22,7 +22,7 @@ from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
 from foreword.tuning.ensemble import log_loss, mean_table, select
 from foreword.tuning.halving import Budget, Rung, plan
-from foreword.tuning.space import Known, Listed, Optuna, candidates
+from foreword.tuning.space import Known, Listed, Optuna, candidates, survivors
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 KNOWN = {"prefix-tuning": Known(0.03), "prompt-tuning": Known(0.03), "residual": Known(0.01)}
@@ -73,14 +73,27 @@ def test_three_rates_three_folds_and_three_members_cost_eight_trainings() -> Non
     assert plan(8, 12, 3, 3) == Budget((Rung(3, 1), Rung(2, 2)), 3)
 
 
-def test_the_list_tries_all_rates_of_a_start_then_the_next_method() -> None:
+def test_the_list_tries_all_rates_of_two_methods_in_turn_then_the_next() -> None:
     config = TuneConfig(methods=("prefix-tuning", "prompt-tuning", "residual"), lr_factors=(1.0, 0.3))
     asked = Listed(config, KNOWN).ask(100)
-    assert [c.method for c in asked[:6]] == [m for m in config.methods for _ in range(2)]
+    assert [(c.method, c.lr) for c in asked[:6]] == [
+        ("prefix-tuning", 0.03), ("prompt-tuning", 0.03), ("prefix-tuning", 0.009), ("prompt-tuning", 0.009),
+        ("residual", 0.01), ("residual", 0.003),
+    ]  # fmt: skip
     assert {c.init for c in asked[:6]} == {"text"}
     assert sorted(map(str, asked)) == sorted(map(str, candidates(config, KNOWN)))
-    assert asked[0].lr == 0.03
-    assert {c.lr for c in asked if c.method == "residual"} == {0.01, 0.003}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 9)), min_size=1, max_size=8, unique=True))
+def test_the_best_of_every_method_goes_on_then_the_best_of_the_others(found: list[tuple[str, float]]) -> None:
+    loss, method = (lambda t: t[1]), (lambda t: t[0])
+    for count in range(1, len(found) + 1):
+        kept = survivors(found, count, loss, method)
+        assert len(set(kept)) == count
+        assert min(found, key=loss)[1] == kept[0][1]
+        assert len({m for m, _ in kept}) == min(count, len({m for m, _ in found}))
+        if count >= len({m for m, _ in found}):
+            assert {min((t for t in found if t[0] == m), key=loss)[1] for m, _ in found} <= {x for _, x in kept}
 
 
 def test_what_starts_from_rows_has_its_own_start_and_length() -> None:

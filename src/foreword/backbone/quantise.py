@@ -117,9 +117,9 @@ def _installed(package: str) -> bool:
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Inside, torchao does not tell which of its CUDA libraries this machine cannot load.
+    """Inside, torchao and bitsandbytes do not tell which of their libraries this machine cannot load.
 
-    transformers imports it with the first model of a process, wherever it is installed.
+    transformers imports them with the first model or schedule of a process, wherever they are installed.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -35,7 +35,7 @@ from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_loss, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates
+from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -130,7 +130,8 @@ class _Search:
         budget = self._budget(size, first)
         found = self._first_rung(sampler, budget.rungs[0], size)
         for number, rung in enumerate(self._later_rungs(budget), start=1):
-            found = self._rung(number, sorted(found, key=lambda t: t.loss)[: rung.candidates], rung.folds)
+            kept = survivors(found, rung.candidates, lambda t: t.loss, lambda t: t.candidate.method)
+            found = self._rung(number, kept, rung.folds)
         chosen = self._chosen(found, self._affordable(budget))
         members = self._members(found, chosen)
         if not (self.world.first or self.world.layout.sharded):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from foreword.backbone.quantise import quiet_import
 from foreword.config import TrainConfig
 from foreword.errors import ForewordError, nearest
 
@@ -38,7 +39,8 @@ def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning-rate schedule over ``steps`` optimiser steps: a function of the step alone."""
-    from transformers import SchedulerType, get_scheduler
+    with quiet_import():
+        from transformers import SchedulerType, get_scheduler
 
     names = [s.value for s in SchedulerType]
     if config.schedule not in names:

@@ -6,12 +6,15 @@ What stands first is tried first: the order is what did best on small data sets 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from foreword.config import TuneConfig
 from foreword.errors import ForewordError
+
+SIDE_BY_SIDE = 2
+"""Methods whose rates are tried in turn."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class Known:
     virtual_tokens: int = 0
 
 
+Judged = TypeVar("Judged")
+
+
+def survivors(
+    found: Sequence[Judged], count: int, loss: Callable[[Judged], float], method: Callable[[Judged], str]
+) -> list[Judged]:
+    """So many of what was tried: the best of every method as far as it goes, then the best of the others.
+
+    One fold of few rows ranks methods badly, and different ones make the better ensemble (docs/log.md).
+    """
+    ranked = sorted(found, key=loss)
+    firsts = {method(one): one for one in reversed(ranked)}
+    best = sorted(firsts.values(), key=loss)
+    return (best + [one for one in ranked if one not in best])[:count]
+
+
 class Sampler(Protocol):
     """Proposes candidates and may learn from how they did."""
 
@@ -48,7 +67,7 @@ class Sampler(Protocol):
 
 
 class Listed:
-    """The space in the order of its lists: all rates of a start, then the next method's, then other starts."""
+    """The space as its lists go: the rates of a start, of two methods in turn, then other methods and starts."""
 
     def __init__(self, config: TuneConfig, known: Mapping[str, Known]) -> None:
         self._left = list(in_turn(candidates(config, known), len(config.lr_factors)))
@@ -81,13 +100,19 @@ def candidates(config: TuneConfig, known: Mapping[str, Known]) -> list[Candidate
 
 
 def in_turn(found: Sequence[Candidate], rates: int) -> Iterator[Candidate]:
-    """The first block of ``rates`` candidates of every method, the second of every method, and so on."""
+    """The first block of ``rates`` candidates of every method, the second of every method, and so on.
+
+    Methods go two by two, rate by rate: an ensemble wants two that differ (docs/log.md).
+    """
     by_method: dict[str, list[Candidate]] = {}
     for candidate in found:
         by_method.setdefault(candidate.method, []).append(candidate)
-    for at in range(0, max(map(len, by_method.values())), rates):
-        for mine in by_method.values():
-            yield from mine[at : at + rates]
+    methods = list(by_method.values())
+    for at in range(0, max(map(len, methods)), rates):
+        for first in range(0, len(methods), SIDE_BY_SIDE):
+            blocks = [mine[at : at + rates] for mine in methods[first : first + SIDE_BY_SIDE]]
+            for turn in itertools.zip_longest(*blocks):
+                yield from filter(None, turn)
 
 
 class Optuna:
