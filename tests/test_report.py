@@ -403,6 +403,15 @@ def facts_of(text: str) -> ReportFacts:
     )  # fmt: skip
 
 
+def test_of_many_virtual_tokens_those_that_moved_furthest_are_shown_at_once() -> None:
+    tokens = [VirtualToken([], [], float(i % 100), 0.5) for i in range(256)]
+    whole = page(replace(facts_of("x"), kind="prefix", tokens=tokens))
+    shown, _, folded = whole[whole.index("Virtual tokens</h2>") :].partition("<details>")
+    assert [f'"row" data-title="token">{i + 1}<' in shown for i in range(256)] == [i % 100 >= 92 for i in range(256)]
+    assert "All 256" in folded
+    assert all(f'"row" data-title="token">{i + 1}<' in folded for i in range(256))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from([HOSTILE, "a", "<", "&lt;", "\x00\ud800", "]]>", "<!--", "x" * 500])

@@ -10,6 +10,8 @@ from foreword.report.facts import Curves, LeftOut, Near, Point, ReportFacts, Spr
 from foreword.report.markup import Child, Markup, el, joined, section, shortened, table
 
 MEASURES = {"loss": "validation loss (nats a target token)", "macro_f1": "validation macro-F1"}
+MOST_TOKENS, FURTHEST = 40, 16
+"""Virtual tokens that are all shown at once; of more so many."""
 FACETS = {"init": "initialiser", "method": "method", "virtual_tokens": "virtual tokens", "rung": "rung"}
 
 
@@ -53,12 +55,26 @@ def virtual_tokens(facts: ReportFacts) -> Markup:
     head += ["loss change"] if left else []
     head += ["accuracy change"] if left and left.accuracy_change else []
     rows = [_token_row(i, token, rows_kind, left) for i, token in enumerate(facts.tokens)]
-    body = table(head, rows, "stack", range(3 if rows_kind else 1, len(head)), (1, 2) if rows_kind else ())
-    return section("Virtual tokens", *_worth(left, facts), body, note=_token_note(facts))
+    numbers, wide = range(3 if rows_kind else 1, len(head)), (1, 2) if rows_kind else ()
+    few = _furthest(facts.tokens)
+    body = [table(head, [rows[i] for i in few], "stack", numbers, wide)]
+    if len(few) < len(rows):
+        body.append(el("details", el("summary", f"All {len(rows)}"), table(head, rows, "stack", numbers, wide)))
+    return section("Virtual tokens", *_worth(left, facts), *body, note=_token_note(facts))
+
+
+def _furthest(tokens: Sequence[VirtualToken]) -> list[int]:
+    """Which virtual tokens are shown at once: all, or of many those that moved furthest, in their order."""
+    if len(tokens) <= MOST_TOKENS:
+        return list(range(len(tokens)))
+    ranked = sorted(range(len(tokens)), key=lambda i: -(tokens[i].moved or 0.0))
+    return sorted(ranked[:FURTHEST])
 
 
 def _token_note(facts: ReportFacts) -> str:
     moved = "Moved: L2 distance from where training began, in brackets as a share of the norm there."
+    if len(facts.tokens) > MOST_TOKENS:
+        moved += f" The {FURTHEST} that moved furthest:"
     if facts.kind == "prefix":
         return f"Keys and values have no nearest words in the vocabulary. {moved}"
     return f"In each row the three vocabulary tokens whose embeddings lie nearest; · is a space. {moved}"
