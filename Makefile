@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP     = $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-scale bench-compare bench-table results soak clean
+.PHONY: demo test test-vllm vllm-env check fmt bench bench-gpu bench-serving bench-scale bench-large bench-compare bench-table results soak clean
 
 demo: $(VENV)/.installed
 	@$(VENV)/bin/foreword demo
@@ -50,6 +50,10 @@ bench-gpu: $(VENV)/.installed-dev
 # One, two and four processes on this machine's cores: make bench-scale ARGS="--rounds 5"
 bench-scale: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/scale.py $(ARGS)
+
+# A 7B backbone of random weights in this machine's memory (24 GB, and 14 GB of disk).
+bench-large: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/large.py $(ARGS)
 
 # Exit code 1 where Foreword got slower than in the result before.
 bench-compare: $(VENV)/.installed-dev

@@ -105,7 +105,7 @@ def _reading(result: Mapping[str, Any]) -> Iterator[str]:
     seeds = sorted({r["seed"] for r in result["runs"]})
     most = max(len([r for r in result["runs"] if (r["data"], r["variant"]) == pair]) for pair in _pairs(result))
     yield f"Seeds {', '.join(map(str, seeds))}; up to {most} a cell, in brackets the range over them. One seed on 200"
-    yield "test rows is good to about 0.06: read differences below that as none. Learning rates are the defaults."
+    yield "test rows is good to about 0.06: read differences below that as none. Rates: the defaults of then."
     yield "*Cached* tokens cost attention over their keys and values and no forward pass; `foreword compile` makes rows"
     yield "into such a prefix without training it again."
 

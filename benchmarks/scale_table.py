@@ -1,4 +1,4 @@
-"""docs/scale.md, from the newest result of benchmarks/scale.py and the counts of benchmarks/scale_model.py.
+"""docs/scale.md, from the newest results of benchmarks/scale.py and large.py and the counts of scale_model.py.
 
 .venv/bin/python benchmarks/scale_table.py
 """
@@ -103,9 +103,9 @@ machine; `tune.ray_workers` says how many trainings at a time.
 """
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The whole page."""
-    parts = [HEAD, *_sent(result), "", *_measured(result), "", *_memory(), "", *_grown(), "", LOST]
+def page(result: Mapping[str, Any], large: Mapping[str, Any]) -> str:
+    """The whole page: of a result of scale.py and one of large.py."""
+    parts = [HEAD, *_sent(result), "", *_measured(result), "", *_memory(), "", *_large(large), "", *_grown(), "", LOST]
     return "\n".join(parts)
 
 
@@ -216,6 +216,28 @@ def _memory() -> Iterator[str]:
         yield f"| {shape.name} | {' | '.join(f'{memory(shape, step, x) / 1e9:.0f}' for x in layouts)} |"
 
 
+def _large(result: Mapping[str, Any]) -> Iterator[str]:
+    shape, step, machine = result["shape"], result["step"], result["machine"]
+    yield "## A 7B backbone in a small machine"
+    yield ""
+    yield (
+        f"{shape['num_hidden_layers']} layers of {shape['hidden_size']:,} with random weights, "
+        f"{result['stored_gb']:.1f} GB on disk in bfloat16, trained for {step['steps']} steps of {step['rows']} rows "
+        f"with {step['virtual_tokens']} virtual tokens by `foreword train` on {machine['threads']} threads of a "
+        f"{machine['cpu']} with {result['memory_gb']:.0f} GB, {result['date']} (`benchmarks/large.py`). Peaks of the "
+        "whole command: all that is resident, and without pages of the weights' files, which the system takes back."
+    )
+    yield ""
+    yield "| weights | resident, GB | own, GB | seconds a step | seconds in all | loss, first and last step |"
+    yield "|---|---|---|---|---|---|"
+    for way in result["ways"]:
+        losses = f"{way['losses'][0]:.2f}, {way['losses'][-1]:.2f}"
+        yield (
+            f"| {way['way']} | {way['resident_gb']:.1f} | {way['own_gb']:.1f} | {way['step_seconds']:.1f} | "
+            f"{way['seconds']:.0f} | {losses} |"
+        )
+
+
 def _grown() -> Iterator[str]:
     yield f"## One to {GPUS[-1]:,} GPUs"
     yield ""
@@ -249,9 +271,9 @@ def _cells(shape: Shape) -> Sequence[str]:
 
 def main() -> Path:
     """Writes the page."""
-    found = newest(FOLDER, "scale")
-    assert found, "run benchmarks/scale.py first"
-    PAGE.write_text(page(found[0]))
+    found, large = newest(FOLDER, "scale"), newest(FOLDER, "large")
+    assert found and large, "run benchmarks/scale.py and benchmarks/large.py first"
+    PAGE.write_text(page(found[0], large[0]))
     return PAGE
 
 

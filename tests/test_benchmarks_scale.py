@@ -29,7 +29,16 @@ def result() -> dict[str, Any]:
 
 
 def test_the_page_is_that_of_the_newest_result(result: dict[str, Any]) -> None:
-    assert scale_table.PAGE.read_text() == scale_table.page(result), "run: make bench-table"
+    (large, *_) = results.newest(results.FOLDER, "large")
+    assert scale_table.PAGE.read_text() == scale_table.page(result, large), "run: make bench-table"
+
+
+def test_seven_billion_parameters_fit_24_gb() -> None:
+    (large, *_) = results.newest(results.FOLDER, "large")
+    assert large["stored_gb"] > 13
+    for way in large["ways"]:
+        assert way["own_gb"] < 24
+        assert way["losses"][-1] < way["losses"][0]
 
 
 def test_the_counts_are_those_of_real_steps_to_the_byte(result: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from foreword.parallel.world import ALONE, World
 TESTS = Path(__file__).parent
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 SHARED: Mapping[str, Any] = {"verb": "train", "data": DATA, "text": "text", "label": "label"}
-TRAIN = {"epochs": 3, "batch_size": 4}
+TRAIN = {"epochs": 2, "batch_size": 4}
 SEARCH = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "rows": {"eval_data": DATA[:5]},
@@ -209,7 +209,7 @@ def same_search(one: Path, other: Path) -> None:
 
 # --- processes that end ---------------------------------------------------------------------------
 
-EPOCHS = 100
+EPOCHS = 40
 LONG = {"train.epochs": str(EPOCHS), "train.batch_size": "4", "train.checkpoint_every": "1", "train.parallel": "ddp=2"}
 
 

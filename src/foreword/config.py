@@ -131,8 +131,8 @@ class TrainConfig:
     """The optimisation."""
 
     lr: float | tuple[float, ...] = 0.0
-    """Learning rate; 0: the method's own (0.03; cpt, residual, cartridge 0.01; context-tuning 0.003; p-tuning
-    0.001; a projection 0.0005). A list: a population."""
+    """Learning rate; 0: the method's own (0.03; prefix-tuning, cpt, residual, cartridge 0.01; context-tuning 0.003;
+    p-tuning 0.001; a projection 0.0005). A list: a population."""
     epochs: int = 0
     """Passes over the training rows; 0: 30 for up to 100 rows, then fewer, 3 from 1,000 on (tune: half of that)."""
     batch_size: int = 8

@@ -27,6 +27,8 @@ class PrefixTuning(Method):
 
     kind: ClassVar[Kind] = "prefix"
     peft_type = "PREFIX_TUNING"
+    default_lr: ClassVar[float] = 0.01
+    """Two classes and few rows overfit at 0.03, which six classes want (docs/log.md)."""
     values: torch.Tensor
 
     @classmethod
