@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import ROWS
 from foreword.backbone import quantise
 from foreword.backbone.forward import packed_logprobs, rows_logprobs
 from foreword.backbone.load import Backbone, load_backbone
-from foreword.backbone.quantise import KINDS, SCORING_ONLY, quantised
+from foreword.backbone.quantise import KINDS, SCORING_ONLY, parameter_count, quantised
 from foreword.backbone.virtual import VirtualTokens
 from foreword.checks import CHOICES
 from foreword.config import ModelConfig
@@ -348,3 +349,27 @@ def test_a_checkpoint_that_is_rounded_says_so_itself(model_folder: Path, tmp_pat
     assert load_backbone(ModelConfig(str(tmp_path / "rounded"))).rounding == "bitsandbytes"
     trained_in(tmp_path / "rounded", tmp_path / "run", "none")
     assert foreword.load(tmp_path / "run").backbone.rounding == "bitsandbytes"
+
+
+class Gptq(nn.Module):
+    """What a GPTQ layer has: eight weights to an integer, in a buffer."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.zeros(in_features // 8, out_features, dtype=torch.int32))
+
+
+def test_weights_that_lie_in_buffers_are_counted() -> None:
+    assert parameter_count(nn.Sequential(nn.Linear(3, 5), Gptq(16, 32))) == 3 * 5 + 5 + 16 * 32
+
+
+def test_a_checkpoint_whose_package_is_not_there_names_it(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gptq"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ForewordError, match=r"requires (optimum|gptqmodel)") as error:
+        load_backbone(ModelConfig(str(folder)))
+    assert error.value.fix == "install the package that it asks for"

@@ -243,6 +243,7 @@ def _explained(config: ModelConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as e:  # transformers and the hub's client raise a dozen unrelated kinds
         known = None if local else hub_error(e, config.id)
         first = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise known or ForewordError(
-            f"cannot load the model: {first}", config.id, "give a causal language model that transformers knows"
-        ) from None
+        fix = "give a causal language model that transformers knows"
+        if isinstance(e, ImportError):  # of what a checkpoint of GPTQ or AWQ is read by
+            fix = "install the package that it asks for"
+        raise known or ForewordError(f"cannot load the model: {first}", config.id, fix) from None
