@@ -101,7 +101,7 @@ def rounding_of(model: Any, name: str) -> str:
 def parameter_count(model: nn.Module) -> int:
     """True number of parameters: bitsandbytes' 4-bit weights lie two to a byte, GPTQ's and AWQ's in buffers."""
     packed: list[Any] = [m for m in model.modules() if "qweight" in m._buffers]
-    return sum(_true_size(p) for p in model.parameters()) + sum(m.in_features * m.out_features for m in packed)
+    return sum(_true_size(p) for p in model.parameters()) + sum(int(m.in_features * m.out_features) for m in packed)
 
 
 def _true_size(parameter: nn.Parameter) -> int:
