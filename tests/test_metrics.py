@@ -18,6 +18,7 @@ from foreword.evaluation.metrics import (
     calibration_error,
     classification_scores,
     confusion_matrix,
+    for_new_rows,
     interval,
     macro_f1,
     precision_recall_f1,
@@ -108,6 +109,21 @@ def test_intervals_hold_their_estimate_and_repeat() -> None:
     pairs = [(scores[k], scores["intervals"][k]) for k in ("accuracy", "macro_f1", "calibration_error")]
     pairs += [(c[k], c["intervals"][k]) for c in scores["per_class"].values() for k in ("precision", "recall", "f1")]
     assert all(0 <= low <= value <= high <= 1 and low < high for value, (low, high) in pairs)
+
+
+def test_intervals_for_new_rows_are_those_of_dependent_folds() -> None:
+    """Three folds: 1/3 + 1/2 of the folds' variance instead of 1/3; nothing beyond what a score can be."""
+    found = for_new_rows(
+        {"accuracy": 0.8, "macro_f1": 0.99, "loss": 0.2, "n": 30,
+         "intervals": {"accuracy": [0.7, 0.85], "macro_f1": [0.95, 1.0], "loss": [0.1, 1.2]}}, 3,
+    )  # fmt: skip
+    by = ((1 / 3 + 1 / 2) / (1 / 3)) ** 0.5
+    assert found["intervals"]["accuracy"] == pytest.approx([0.8 - by * 0.1, 0.8 + by * 0.05])
+    assert found["intervals"]["macro_f1"] == pytest.approx([0.99 - by * 0.04, 1.0])
+    assert found["intervals"]["loss"] == pytest.approx([0.2 - by * 0.1, 0.2 + by])
+    assert {k: v for k, v in found.items() if k != "intervals"} == {
+        "accuracy": 0.8, "macro_f1": 0.99, "loss": 0.2, "n": 30,
+    }  # fmt: skip
 
 
 def test_the_interval_of_a_mean_is_the_textbooks() -> None:

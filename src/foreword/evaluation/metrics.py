@@ -6,7 +6,8 @@ Guo et al. 2017 (arXiv 1706.04599); intervals by the percentile bootstrap over r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,25 @@ def classification_scores(truth: Sequence[int], probabilities: Floats, classes: 
             "calibration_error": interval(n, lambda i: calibration_error(y[i], probabilities[i])),
         },
     }
+
+
+def for_new_rows(scores: Mapping[str, Any], folds: int) -> dict[str, Any]:
+    """Cross-validated scores with intervals as they hold for what is trained on all rows and scored on new ones.
+
+    Folds are trained on much the same rows, so their scores vary together; the bootstrap over rows does not see that.
+    The variance grows by ``1 + k / (k - 1)`` for ``k`` folds (Nadeau & Bengio 2003, Machine Learning 52, section 4).
+
+    Args:
+        scores: with the key ``intervals``, ``{name: [low, high]}``; accuracy, F1 and errors stay within 0 and 1.
+        folds: of the cross-validation, ``k``.
+    """
+    by = math.sqrt(1 + folds / (folds - 1))
+
+    def wider(name: str, low: float, high: float) -> list[float]:
+        value, most = scores[name], math.inf if name in ("loss", "perplexity") else 1.0
+        return [max(0.0, value - by * (value - low)), min(most, value + by * (high - value))]
+
+    return {**scores, "intervals": {name: wider(name, *bounds) for name, bounds in scores["intervals"].items()}}
 
 
 def point_scores(truth: Sequence[int], probabilities: Floats) -> dict[str, float]:

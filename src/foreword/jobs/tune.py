@@ -138,7 +138,7 @@ class _Search:
             return  # what is left to do is the first process's
         order = [i for _, out in self.folds for i in out]
         together = averaged([found[i].outcome for i in chosen])
-        expected = Expected(together, found[chosen[0]].outcome, order, self._protocol())
+        expected = Expected(together, found[chosen[0]].outcome, order, len(self.folds), self._protocol())
         write_tuned(self.workshop, self.out, members, expected, [t.facts() for t in self.trials])
 
     def _crew(self, together: bool) -> Crew:
@@ -341,7 +341,8 @@ class _Search:
     def _protocol(self) -> str:
         return (
             f"expected: {self.recipe.tune.folds}-fold cross-validation on the {len(self.splits.train)} training rows "
-            f"(seed {self.recipe.tune.seed}), of the chosen candidates"
+            f"(seed {self.recipe.tune.seed}), of the chosen candidates; "
+            "intervals for new rows (Nadeau & Bengio 2003)"
         )
 
     def _decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from foreword.artifact.folder import write_adapter
 from foreword.artifact.peft_types import peft_config, placed_config
 from foreword.artifact.sidecar import SIDECAR, Sidecar
 from foreword.evaluation.evaluate import Outcome, label_counts, run_plain, run_rows, with_baselines
-from foreword.evaluation.metrics import token_loss
+from foreword.evaluation.metrics import for_new_rows, token_loss
 from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Workshop
 from foreword.jobs.derive import backbone_facts, library_versions
@@ -47,6 +47,7 @@ class Expected:
     together: Outcome
     single: Outcome
     order: Sequence[int]
+    folds: int
     protocol: str
 
 
@@ -83,10 +84,10 @@ def _expected(workshop: Workshop, candidate: Candidate, expected: Expected) -> t
     outcomes = (expected.together, expected.single)
     if not workshop.splits.task.classifies:
         loss = token_loss(expected.single.logprobs, expected.single.target_tokens)
-        found = {"n": len(expected.order), **loss, "protocol": expected.protocol}
+        found = for_new_rows({"n": len(expected.order), **loss, "protocol": expected.protocol}, expected.folds)
         return found, found
     plain = _plain(workshop, candidate, [workshop.ready(candidate).examples[i] for i in expected.order])
-    together, single = (_beside(workshop, o, plain, expected.protocol) for o in outcomes)
+    together, single = (for_new_rows(_beside(workshop, o, plain, expected.protocol), expected.folds) for o in outcomes)
     return together, single
 
 
