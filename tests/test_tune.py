@@ -192,8 +192,8 @@ def test_out_of_fold_scores_are_those_of_a_training_without_the_fold(
     run: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     """The first fold of the first candidate, trained again through the public interface."""
-    (group,) = [f for f in (run / "search" / "rung-0").iterdir() if f.name.startswith("prompt-tuning")]
-    stored = json.loads((group / "fold-1" / "done.json").read_text())["outcomes"]
+    (group,) = [f for f in (run / "search" / "rung-0" / "0" / "fold-1").iterdir() if f.name.startswith("prompt-tuning")]
+    stored = json.loads((group / "done.json").read_text())["outcomes"]
     trials = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mine = [t for t in trials if t["rung"] == 0 and t["method"] == "prompt-tuning"]
     keep, out = k_folds([r["label"] for r in DATA], 2, 0)[0]
@@ -278,8 +278,14 @@ def test_free_text_is_tuned_to_one_soft_prompt(model_folder: Path, tmp_path: Pat
 
 
 def test_optuna_searches_too(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "optuna", sampler="optuna", trainings=6)
+    """The second half of its first rung learns from the first; each is trained."""
+    made = tuned(
+        model_folder, tmp_path / "optuna", sampler="optuna", trainings=8, methods=("prompt-tuning",), members=1,
+        inits=("text",), lr_factors=(0.01, 10.0),
+    )  # fmt: skip
     assert made.predict(["my parcel is late"])
+    trials = [t for t in json.loads((tmp_path / "optuna" / "tune.json").read_text())["trials"] if t["rung"] == 0]
+    assert len({t["lr"] for t in trials}) == len({t["loss"] for t in trials}) == len(trials) >= 3
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ SEED_STRIDE = 1000
 """Between the seeds of two searches: their members share none."""
 
 
+Shared = tuple[Task, list[int]]
+"""A task of several candidates, and which of those proposed they are."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A candidate at a rung: what it did on rows it was not trained on, of all folds so far."""
@@ -264,18 +268,14 @@ class _Search:
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
         outcomes = [list(t.folds) for t in before]
-        proposed, seconds = [t.candidate for t in before], [0.0] * len(before)
+        proposed, seconds = [(t.candidate, self.recipe.tune.seed) for t in before], [0.0] * len(before)
         first = len(before[0].folds)
-        tasks, owners = [], []
+        wanted: list[Shared] = []
         for fold in range(first, first + folds):
-            keep, out = self.folds[fold]
-            for method, indices in self._shared(proposed):
-                group = tuple((proposed[i], self.recipe.tune.seed) for i in indices)
-                name = f"rung-{number}/{method}-{group[0][0].virtual_tokens}-{indices[0]}/fold-{fold + 1}"
-                title = f"rung {number + 1}, fold {fold + 1}, {method}"
-                tasks.append(Task(name, group, tuple(keep), tuple(out), title))
-                owners.append(indices)
-        for indices, done in zip(owners, self._carried_out(tasks), strict=True):
+            # A first rung may come in two halves, whose candidates are counted from 0 both.
+            name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
+            wanted += self._shared(proposed, *self.folds[fold], name, title)
+        for indices, done in self._carried_out(wanted):
             for i, outcome in zip(indices, done.outcomes, strict=True):
                 outcomes[i].append(outcome)
                 seconds[i] += done.seconds / len(indices)
@@ -304,39 +304,40 @@ class _Search:
 
     def _members(self, found: Sequence[Trial], chosen: Sequence[int]) -> list[Made]:
         """The chosen, trained on all rows, each with a seed of its own; in the order in which they were chosen."""
-        picked = [found[i].candidate for i in chosen]
         first = self.recipe.tune.seed * SEED_STRIDE
-        every = tuple(range(len(self.splits.train)))
-        tasks, owners = [], []
-        for method, indices in self._shared(picked):
-            group = tuple((picked[i], first + i) for i in indices)
-            name = f"members/{method}-{group[0][0].virtual_tokens}-{indices[0]}"
-            tasks.append(Task(name, group, every, (), f"members, {method}"))
-            owners.append(indices)
+        picked = [(found[i].candidate, first + number) for number, i in enumerate(chosen)]
         made: dict[int, Made] = {}
-        for indices, done in zip(owners, self._carried_out(tasks), strict=True):
+        wanted = self._shared(picked, range(len(self.splits.train)), (), "members", "members")
+        for indices, done in self._carried_out(list(wanted)):
             for i, weights in zip(indices, done.weights, strict=True):
-                kept = self.workshop.method(picked[i], first + i)
+                kept = self.workshop.method(*picked[i])
                 kept.load_state_dict(weights)
-                made[i] = Made(picked[i], first + i, kept, done.figures)
+                made[i] = Made(*picked[i], kept, done.figures)
         return [made[i] for i in range(len(picked))]
 
-    def _shared(self, proposed: Sequence[Candidate]) -> Iterator[tuple[str, list[int]]]:
-        """Candidates that train in the same passes, by index; with several workers each group in as many parts."""
-        for (method, _), indices in grouped(proposed).items():
-            parts = min(self.crew.workers, len(indices))
-            yield from ((method, indices[k::parts]) for k in range(parts))
+    def _shared(
+        self, proposed: Sequence[tuple[Candidate, int]], keep: Sequence[int], out: Sequence[int], name: str, title: str
+    ) -> Iterator[Shared]:
+        """Candidates with seeds as tasks of those that train in the same passes, each beside their indices.
 
-    def _carried_out(self, tasks: Sequence[Task]) -> list[Done]:
-        """The outcome of every task; those that an interrupted search had finished are not done again."""
-        folder = self.out / SEARCH
+        With several workers a group is as many tasks.
+        """
+        for (method, tokens), indices in grouped([candidate for candidate, _ in proposed]).items():
+            parts = min(self.crew.workers, len(indices))
+            for mine in (indices[k::parts] for k in range(parts)):
+                group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"
+                yield Task(folder, group, tuple(keep), tuple(out), f"{title}, {method}"), mine
+
+    def _carried_out(self, wanted: Sequence[Shared]) -> list[tuple[list[int], Done]]:
+        """The outcome of every task beside its indices; what an interrupted search had finished is not done again."""
+        folder, tasks = self.out / SEARCH, [task for task, _ in wanted]
         found = self.world.said_by_first({i: d for i, t in enumerate(tasks) if (d := read_done(folder / t.name))})
         left = [i for i in range(len(tasks)) if i not in found]
         for at, done in self.crew.results([tasks[i] for i in left], folder):
             found[left[at]] = done
             if done.outcomes:
                 done.write(folder / tasks[left[at]].name)
-        return [found[i] for i in range(len(tasks))]
+        return [(indices, found[i]) for i, (_, indices) in enumerate(wanted)]
 
     def _protocol(self) -> str:
         return (
