@@ -151,7 +151,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the architecture alone, to try the benchmark")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["bfloat16"])
     parser.add_argument("--folder", type=Path, help="where the weights lie meanwhile")
     parser.add_argument("--out", type=Path, default=results.FOLDER)
     return parser.parse_args(argv)
