@@ -342,8 +342,7 @@ class _Search:
     def _protocol(self) -> str:
         return (
             f"expected: {self.recipe.tune.folds}-fold cross-validation on the {len(self.splits.train)} training rows "
-            f"(seed {self.recipe.tune.seed}), of the chosen candidates; "
-            "intervals for new rows (Nadeau & Bengio 2003)"
+            f"(seed {self.recipe.tune.seed}), intervals for new rows"
         )
 
     def _decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
