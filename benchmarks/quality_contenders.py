@@ -215,7 +215,7 @@ def default(job: Job) -> dict[str, Answer]:
 
 
 def context(job: Job) -> dict[str, Answer]:
-    """``foreword.train`` by context tuning, with half of a training's epochs as ``foreword tune`` has it."""
+    """``foreword.train`` by context tuning, for as many epochs as ``foreword tune`` trains."""
     epochs = search_epochs(len(job.split.train))
     task = foreword.train(
         model=job.bench.keys, data=job.split.train, template=job.data.template, label="label",

@@ -71,7 +71,7 @@ Contenders:
 - **guide recipe**: PEFT's guide: P = 8 from a text, AdamW 3e-2, linear schedule, 50 epochs, batches of 8, the label
   after a space of its own. Scored by label words like the others. Rows are not cut to 64 tokens, which
   would lose the labels of long ones. *Foreword's engine*: the same hyperparameters and tokens in Foreword's loop.
-- **`foreword train`**: the defaults, and context tuning for half of their epochs, as tune trains.
+- **`foreword train`**: the defaults, and context tuning for as many epochs as tune trains.
   **`foreword tune`**: what it finds in the stated time; *expected* is the score it states without having seen a test
   row, *covered* how often the interval it states held the test score.
 """

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 SEARCH_SHARE = 0.55
 """Of the budget; the rest trains the members on all rows."""
-ETA = 2
-"""One candidate in so many goes on to the other folds."""
+ETA = 5 / 3
+"""One candidate in so many goes on to the other folds: one fold of few rows ranks them badly (docs/log.md)."""
 LEAST = 2
 """So many go on at least: one fold of few rows is too little to choose by."""
 
