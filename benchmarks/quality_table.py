@@ -131,8 +131,8 @@ def _block(data: str, size: str, runs: Sequence[Run]) -> Iterator[str]:
     for name, title in NAMES.items():
         mine = _of(runs, name)
         if mine:
-            budget = f", {mine[0]['budget']}" if "budget" in mine[0] else ""
-            yield f"| {' | '.join([title + budget, *_cells(mine)])} |"
+            budgets = " or ".join(dict.fromkeys(run["budget"] for run in mine if "budget" in run))
+            yield f"| {' | '.join([', '.join(filter(None, (title, budgets))), *_cells(mine)])} |"
         elif name != "guide-peft":
             yield f"| {title} | 0 | | {MISSING} | {MISSING} | | | |"
 

@@ -203,8 +203,8 @@ def test_the_page_gives_intervals_coverage_verdicts_and_gaps() -> None:
 
     runs = [run_of("tfidf", s, a) for s, a in enumerate((0.5, 0.6, 0.7))]
     runs += [
-        run_of("tune-ensemble", s, 0.86, budget="20 minutes", expected=expected(lo, 0.9))
-        for s, lo in enumerate((0.8, 0.87))
+        run_of("tune-ensemble", s, 0.86, budget=budget, expected=expected(lo, 0.9))
+        for s, (lo, budget) in enumerate(((0.8, "20 minutes"), (0.87, "8 trainings")))
     ]
     runs += [run_of("default", 0, 0.8), run_of("default", 1, 0.99, test_rows=300)]
     result = {"runs": runs, "versions": {"torch": "2"}, "file": "x.json", "data": quality.described()}
@@ -212,6 +212,7 @@ def test_the_page_gives_intervals_coverage_verdicts_and_gaps() -> None:
     assert "## SmolLM2-135M-Instruct, dequantised from Q4_1" in page
     assert "| TF-IDF + logistic regression | 3 | 32 / 1821 | 0.600 ± 0.248 [0.500, 0.700] |" in page
     assert "| 0.850 | accuracy 1 of 2, macro-F1 1 of 2 | 10 |" in page
+    assert "ensemble, 20 minutes or 8 trainings | 2 |" in page
     verdicts = "0.800 **missed** | not measured | not measured | 0.860 must met"
     assert f"| sst2, 32 | accuracy | 0.85 | 0.90 | {verdicts} |" in page
     assert "| **`foreword train`**, defaults | 1 | 32 / 1821 | 0.800 | 0.800 |" in page  # the most test rows
