@@ -134,7 +134,7 @@ class TrainConfig:
     """Learning rate; 0: the method's own (0.03; prefix-tuning, cpt, residual, cartridge 0.01; context-tuning 0.003;
     p-tuning 0.001; a projection 0.0005). A list: a population."""
     epochs: int = 0
-    """Passes over the training rows; 0: 30 for up to 100 rows, then fewer, 3 from 1,000 on (tune: half of that)."""
+    """Passes over the training rows; 0: 30 for up to 100 rows, then fewer, 3 from 1,000 on (tune: half or fewer)."""
     batch_size: int = 8
     """Rows of one forward and backward pass."""
     accumulate: int = 1

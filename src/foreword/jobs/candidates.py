@@ -6,7 +6,6 @@ What was finished stays in its folder as JSON, so that a stopped search goes on 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -33,15 +32,13 @@ from foreword.prompts.methods.registry import METHODS
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 from foreword.training.prepare import prepared
-from foreword.training.state import LEAST_EPOCHS, epochs_for, start, trained_rows
+from foreword.training.state import epochs_for, start, trained_rows
 from foreword.tuning.space import Candidate
 
 DONE = "done.json"
 PROBE_STEPS = 3
-EPOCHS_SHARE = 0.5
-"""Of a lone training's epochs, where the recipe leaves them open: twice the candidates for the same time."""
-ROWS_READ = 800
-"""In all epochs of a training, if that is fewer still: more members do more than longer trainings (docs/log.md)."""
+MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ = 15, 2, 800
+"""Half of a lone training's or fewer: more candidates and members do more than longer trainings (docs/log.md)."""
 Group = tuple[str, int]
 """Method and number of virtual tokens: what soft prompts of one pass have in common."""
 
@@ -211,8 +208,7 @@ class Workshop:
 
 def search_epochs(rows: int) -> int:
     """Epochs of a whole training in a search, where the recipe leaves them open."""
-    most, least = (math.ceil(e * EPOCHS_SHARE) for e in (epochs_for(rows), LEAST_EPOCHS))
-    return min(most, max(least, math.ceil(ROWS_READ / rows)))
+    return epochs_for(rows, MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ)
 
 
 def group_of(candidate: Candidate) -> Group:

@@ -60,9 +60,9 @@ def trained_rows(
     return make_plan(rows - max(map(len, shown), default=0), config), left
 
 
-def epochs_for(rows: int) -> int:
+def epochs_for(rows: int, most: int = MOST_EPOCHS, least: int = LEAST_EPOCHS, read: int = ROWS_READ) -> int:
     """Epochs where the recipe leaves them open: about as many rows are read, whatever their number."""
-    return min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(ROWS_READ / rows)))
+    return min(most, max(least, math.ceil(read / rows)))
 
 
 @lru_cache(maxsize=256)

@@ -51,9 +51,8 @@ def survivors(
     One fold of few rows ranks methods badly, and different ones make the better ensemble (docs/log.md).
     """
     ranked = sorted(found, key=loss)
-    firsts = {method(one): one for one in reversed(ranked)}
-    best = sorted(firsts.values(), key=loss)
-    return (best + [one for one in ranked if one not in best])[:count]
+    best = {method(one): one for one in reversed(ranked)}
+    return sorted(ranked, key=lambda one: one is not best[method(one)])[:count]
 
 
 class Sampler(Protocol):
