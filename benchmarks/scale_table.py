@@ -51,8 +51,9 @@ torch's own (`DistributedConfig`: FSDP2 and tensor parallelism).
 
 Recipe, data order, result: the same as with one process, whatever the layout (tests: losses and gradients of every
 step within 1e-5, with 2 and 4 processes, packed rows, prefixes, populations, recomputed activations, accumulation).
-The rows of a step are divided, not multiplied: `train.batch_size` means what it means alone. Only the first process
-writes. A checkpoint goes on with any number of processes, and with as many as before to the last bit.
+The rows of a step are divided, not multiplied: `train.batch_size` means what it means alone. Rows to score (validation,
+held-out rows, baselines, the report's) are divided too, except where weights are spread (`fsdp`), whose processes must
+all pass through them equally often. Only the first process writes. A checkpoint goes on with any number of processes, and with as many as before to the last bit.
 """
 LOST = """\
 ## When a process is lost
@@ -90,7 +91,8 @@ Neither script was run for this page: there was one machine of two cores. The co
 
 `torchrun --nproc-per-node N -m foreword tune ...` gives every process trainings of its own: a fold of a candidate, or
 a member. Nothing is sent but their outcomes, and the search is the one that a single process makes (a test compares
-trials and members). With a backbone that is spread (`fsdp`, `tp`) all processes train one after the other together.
+trials and members). Who has no training waits for the others as long as theirs take: there only a killed process is
+noticed, not one that hangs. The ensemble's scores and report are the first process's. With a backbone that is spread (`fsdp`, `tp`) all processes train one after the other together.
 `foreword tune --ray auto` does the same on a Ray cluster (`pip install 'foreword[ray]'`), `--ray local` on this
 machine; `tune.ray_workers` says how many trainings at a time.
 
@@ -99,7 +101,6 @@ machine; `tune.ray_workers` says how many trainings at a time.
 - Captured and compiled steps (`train.engine`) are for one process: several take plain steps.
 - A backbone in 4 or 8 bits is not spread; each process has a copy (`ddp`).
 - Expert and pipeline parallelism: transformers' pipeline has no backward pass.
-- Scoring and reports of a run are made by every process that the backbone needs, not divided among them.
 """
 
 

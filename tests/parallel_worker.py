@@ -3,7 +3,8 @@
 So many processes at a time do the jobs of a JSON file, one after the other. They are forks of this one, which has
 imported everything once and called nothing that starts a thread; else they are as torchrun would start them. A job is
 {"out": folder, "verb": "train" or "tune", ...keyword arguments}; with "stop" the last process wants to stop after so
-many steps. The first one leaves in sent.json what it sent in its steps.
+many steps, with "slow" the first one dawdles for so many seconds in each of a search's trainings. The first one leaves
+in sent.json what it sent in its steps, and in read.json how many rows it scored at a time.
 """
 
 from __future__ import annotations
@@ -11,20 +12,25 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import foreword
 from foreword.backbone.load import load_backbone
 from foreword.config import ModelConfig
+from foreword.evaluation import scoring
 from foreword.jobs import training
+from foreword.jobs.candidates import Workshop
 from foreword.training.engine import Eager
 
 torch.set_num_threads(1)
@@ -64,6 +70,40 @@ def counted(sent: list[list[int]]) -> Iterator[None]:
 
 
 @contextmanager
+def noting(read: list[int]) -> Iterator[None]:
+    """Inside, the number of rows is noted that this process scores at a time."""
+    whole = scoring._score_own
+
+    def note(backbone: Any, prompt: Any, contexts: Any, *more: Any) -> Any:
+        read.append(len(contexts))
+        return whole(backbone, prompt, contexts, *more)
+
+    scoring._score_own = note
+    try:
+        yield
+    finally:
+        scoring._score_own = whole
+
+
+@contextmanager
+def dawdling(seconds: float) -> Iterator[None]:
+    """Inside, the first process is so much slower than the others, who give up what takes half of that."""
+    whole = Workshop.carry_out
+
+    def carry_out(self: Workshop, *args: Any) -> Any:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds / 2))
+        time.sleep(0 if dist.get_rank() else seconds)
+        return whole(self, *args)
+
+    Workshop.carry_out = carry_out  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Workshop.carry_out = whole  # type: ignore[method-assign]
+        distributed_c10d._set_pg_timeout(dist.default_pg_timeout)
+
+
+@contextmanager
 def stopping(after: int) -> Iterator[None]:
     """Inside, the last process is interrupted after so many steps."""
     asked = iter(range(1, after + 1))
@@ -92,10 +132,12 @@ def work(jobs: Path) -> None:
             if first:
                 (Path(job["out"]) / "stopped.json").write_text(json.dumps(len(sent)))
             continue
-        with counted(sent):
+        read: list[int] = []
+        with counted(sent), noting(read), dawdling(slow) if (slow := job.pop("slow", 0)) else nullcontext():
             verb(quiet=True, **job)
         if first:
             (Path(job["out"]) / "sent.json").write_text(json.dumps(sent))
+            (Path(job["out"]) / "read.json").write_text(json.dumps(read))
 
 
 def fork(rank: int, count: int, port: str, jobs: Path) -> int:

@@ -38,6 +38,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
     "prefix": {"prompt": {"method": "prefix-tuning", "virtual_tokens": 5}, "eval_data": DATA[:5]},
     "context": {"prompt": {"method": "context-tuning", "virtual_tokens": 40}},
     "validated": {"train": {**TRAIN, "select": "loss", "patience": 1}, "data_keys": {"validation_fraction": 0.3}},
+    "texts": {"data_keys": {"task": "generate", "eval_fraction": 0.5}},
 }
 """Runs, by what is particular about them, that every layout must give."""
 LAYOUTS: Mapping[int, Mapping[str, Sequence[str]]] = {
@@ -110,7 +111,7 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     again = job(model, out / "resumed", "rows", "ddp=2")
     jobs[2] += [{**again, "stop": 4}, {**again, "resume": True}]
     jobs[2].append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "tuned"), "tune": SEARCH,
-                    "train": TRAIN})  # fmt: skip
+                    "train": TRAIN, "slow": 0.6})  # fmt: skip
     launch(model, jobs, out)
     return out
 
@@ -136,16 +137,26 @@ def test_every_layout_ends_where_one_process_ends(runs: Path, alone: Path, count
     mine, reference = (json.loads((r / "foreword.json").read_text()) for r in (ours, theirs))
     assert mine["backbone"] == reference["backbone"]
     assert set(mine["scores"]) == set(reference["scores"])
+    for name in {"accuracy", "macro_f1", "exact_match", "chrf"} & set(reference["scores"]):
+        assert mine["scores"][name] == reference["scores"][name]
     if reference["scores"]:
-        assert mine["scores"]["accuracy"] == reference["scores"]["accuracy"]
         assert mine["scores"]["loss"] == pytest.approx(reference["scores"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("layout", "form", "most"), [("ddp=2", "rows", 3), ("ddp=2", "texts", 3), ("tp=2", "rows", 5)])
+def test_processes_with_the_whole_backbone_divide_the_rows_to_score(
+    runs: Path, layout: str, form: str, most: int
+) -> None:
+    """Five of them: one process reads three. Those of a tensor-parallel reader read the same."""
+    read = json.loads((runs / name_of(layout, form) / "read.json").read_text())
+    assert max(read) == most
 
 
 def test_only_the_first_process_writes(runs: Path, alone: Path) -> None:
     """No file more than one process leaves, each line of the metrics once."""
     ours, theirs = ({str(p.relative_to(r)) for p in r.rglob("*")} for r in (
         runs / name_of("ddp=2", "population"), alone / name_of("one", "population", 1)))  # fmt: skip
-    assert ours - theirs == {"sent.json"}
+    assert ours - theirs == {"sent.json", "read.json"}
     assert [s["step"] for s in steps(runs / name_of("ddp=2", "rows"))] == list(
         range(1, len(steps(alone / name_of("one", "rows", 1))) + 1)
     )
@@ -170,6 +181,7 @@ def test_interrupted_and_resumed_by_as_many_is_uninterrupted_byte_for_byte(runs:
 
 
 def test_a_search_over_processes_is_the_search_of_one(runs: Path, model: Path, tmp_path: Path) -> None:
+    """Also where one process is busy for longer than the others wait for a step."""
     foreword.tune(
         model=str(model), data=DATA, text="text", label="label", out=tmp_path / "one", quiet=True, train=TRAIN,
         tune=SEARCH,

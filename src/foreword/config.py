@@ -171,7 +171,7 @@ class TrainConfig:
     """How the processes of torchrun share the work, as in tp=2,fsdp=4: ddp (a copy of the backbone each, other
     rows), fsdp (its weights spread), tp (every layer spread); what is left out is ddp. The result is the same."""
     collective_minutes: float = 10.0
-    """Most minutes that processes wait for each other; then one is taken as lost and the run ends."""
+    """Most minutes that processes wait for each other in a training; then one is taken as lost and the run ends."""
     checkpoint_every: int = 0
     """Optimiser steps between checkpoints, which is what a kill can lose at most; 0: as many as
     take a second (on a CPU mostly every step)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,16 +13,19 @@ from foreword.backbone.choose import Layout
 from foreword.backbone.generate import BATCH, Sampling, generate
 from foreword.backbone.load import Backbone
 from foreword.evaluation.metrics import classification_scores, point_scores, token_loss
-from foreword.evaluation.scoring import Floats, class_probabilities, needs_end, score_branches, target_logprobs
+from foreword.evaluation.scoring import (
+    Floats,
+    Progress,
+    class_probabilities,
+    needs_end,
+    scaled,
+    score_branches,
+    silent,
+    target_logprobs,
+)
 from foreword.evaluation.text_metrics import exact_matches, text_scores
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example
-
-Progress = Callable[[int], None]
-
-
-def silent(rows: int) -> None:
-    """Progress nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -99,18 +102,23 @@ def greedy_texts(
     backbone: Backbone, prompt: SoftPrompt, examples: Sequence[Example], groups: Sequence[Sequence[int]],
     progress: Progress,
 ) -> list[str]:  # fmt: skip
-    """What is written after the context of each group, white space at the ends aside.
+    """What is written after the context of each group, white space at the ends aside; several processes divide them.
 
     A text ends with the end token, or when it has as many tokens as the longest target.
     """
     sampling = Sampling(max_new_tokens=max(len(e.target) for e in examples))
-    texts: list[str] = []
-    for at in range(0, len(groups), BATCH):
-        batch = groups[at : at + BATCH]
-        ids = generate(backbone, prompt, [examples[g[0]].context for g in batch], sampling)
-        texts += [t.strip() for t in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        progress(sum(map(len, batch)))
-    return texts
+
+    def write(share: Sequence[Sequence[int]]) -> list[str]:
+        texts: list[str] = []
+        tell = scaled(progress, sum(map(len, share)), len(examples))
+        for at in range(0, len(share), BATCH):
+            batch = share[at : at + BATCH]
+            ids = generate(backbone, prompt, [examples[g[0]].context for g in batch], sampling)
+            texts += [t.strip() for t in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            tell(sum(map(len, batch)))
+        return texts
+
+    return backbone.world.divided(groups, write)
 
 
 def pooled(outcomes: Sequence[Outcome]) -> Outcome:

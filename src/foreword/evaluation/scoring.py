@@ -28,6 +28,7 @@ from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 
 Floats = NDArray[np.float64]
+Progress = Callable[[int], None]
 SCORING_BUDGET = 512
 """Tokens of one packed row when scoring: attention over the row grows with its square, and
 512 has the lowest time per token on 2 CPU cores (3.1 ms; 128: 4.2, 1024: 3.6)."""
@@ -35,6 +36,10 @@ GPU_BUDGET = 4096
 
 
 LOGPROBS = {"packed": packed_logprobs, "shared": shared_logprobs, "rows": rows_logprobs}
+
+
+def silent(rows: int) -> None:
+    """Progress nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def score_branches(
     contexts: Sequence[Sequence[int]],
     branches: Sequence[Sequence[Sequence[int]]],
     layout: Layout,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress = silent,
 ) -> BranchScores:
-    """Log-probabilities of each row's branches.
+    """Log-probabilities of each row's branches; several processes divide the rows.
 
     Args:
         backbone: the model.
@@ -67,6 +72,37 @@ def score_branches(
         layout: how rows share a forward pass.
         progress: told the number of rows done since the last call.
     """
+
+    def own(share: Sequence[int]) -> list[tuple[Floats, Floats]]:
+        mine = [contexts[i] for i in share], [branches[i] for i in share]
+        found = _score_own(backbone, prompt, *mine, layout, scaled(progress, len(share), len(contexts)))
+        return list(zip(found.words, found.full, strict=True))
+
+    words, full = zip(*backbone.world.divided(range(len(contexts)), own), strict=True)
+    return BranchScores(np.stack(words), np.stack(full))
+
+
+def scaled(progress: Progress, mine: int, total: int) -> Progress:
+    """Tells of all rows as many as this process did of its share: the others are about as far."""
+    done = 0
+
+    def tell(rows: int) -> None:
+        nonlocal done
+        before, done = done, done + rows
+        progress(done * total // mine - before * total // mine)
+
+    return tell
+
+
+def _score_own(
+    backbone: Backbone,
+    prompt: SoftPrompt,
+    contexts: Sequence[Sequence[int]],
+    branches: Sequence[Sequence[Sequence[int]]],
+    layout: Layout,
+    progress: Progress,
+) -> BranchScores:
+    """The rows of this process."""
     budget = scoring_budget(backbone)
     opening = common_opening(contexts)
     order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
@@ -109,7 +145,7 @@ def classify(
     contexts: Sequence[Sequence[int]],
     label_ids: Sequence[Sequence[int]],
     layout: Layout,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Progress = silent,
 ) -> Floats:
     """Label probabilities ``[n, C]`` of each context; end tokens are only read where they decide."""
     branches = scored_branches(label_ids)

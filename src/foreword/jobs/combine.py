@@ -12,7 +12,7 @@ from foreword.artifact.folder import Adapter, read_adapter
 from foreword.artifact.hub import locate
 from foreword.artifact.lock import run_folder
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import silent
+from foreword.evaluation.scoring import silent
 from foreword.jobs.data import Source
 from foreword.jobs.derive import Scored, derived, lineage, load_source, write_derived
 from foreword.jobs.load import Foreword, open_run

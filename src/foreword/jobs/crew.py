@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from foreword.backbone.load import load_backbone
@@ -62,9 +61,8 @@ class Ranks:
             mine = None
             if self._world.rank < len(turn):
                 mine = self._workshop.carry_out(turn[self._world.rank], folder / turn[self._world.rank].name)
-            found: list[Any] = [None] * self.workers
-            dist.all_gather_object(found, mine)
-            yield from ((at + i, done) for i, done in enumerate(found[: len(turn)]))
+            found = self._world.told(mine)
+            yield from ((at + i, done) for i, done in enumerate(found[: len(turn)]) if done)
 
 
 class RayWorkers:

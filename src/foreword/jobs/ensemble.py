@@ -13,7 +13,7 @@ from foreword.artifact.hub import locate, members_of, push
 from foreword.artifact.sidecar import Sidecar, read_sidecar
 from foreword.backbone.load import Backbone
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import silent
+from foreword.evaluation.scoring import silent
 from foreword.evaluation.together import averaged
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.load import Foreword, Prediction, beside_baselines, load, open_run, predictions, together

@@ -21,8 +21,8 @@ from foreword.data.encode import Encoder, rows_hash
 from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
-from foreword.evaluation.evaluate import Outcome, run_plain, run_rows, silent, with_baselines
-from foreword.evaluation.scoring import Floats, classify
+from foreword.evaluation.evaluate import Outcome, run_plain, run_rows, with_baselines
+from foreword.evaluation.scoring import Floats, classify, silent
 from foreword.evaluation.together import classify_together
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.match import check_backbone, refuse_several_tasks

@@ -87,8 +87,7 @@ def run(
         mark_started(recipe, splits.data_hash, folder)
         trained = job.train()
         job.write(trained, job.score(trained))
-        if world.first or world.layout.sharded:
-            job.report(trained)
+        job.report(trained)
     return replace(job.backbone, world=ALONE)
 
 

@@ -13,7 +13,7 @@ from foreword.artifact.hub import locate
 from foreword.artifact.lock import run_folder
 from foreword.backbone.load import load_backbone, load_tokenizer
 from foreword.config import ModelConfig
-from foreword.evaluation.evaluate import silent
+from foreword.evaluation.scoring import silent
 from foreword.jobs.data import Source
 from foreword.jobs.derive import Scored, derived, lineage, load_source, write_derived
 from foreword.jobs.prepare import embedded

@@ -119,7 +119,7 @@ class _Search:
     """One search in its folder; each of several processes runs it, and they decide the same."""
 
     def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console, world: World) -> None:
-        self.recipe, self.splits, self.out, self.console, self.world = recipe, splits, out, console, world
+        self.recipe, self.splits, self.out, self.console, self.world = recipe, splits, out, console, world.waiting
         together = world.layout.sharded
         self.workshop = Workshop(recipe, splits, load_backbone(recipe.model, world if together else ALONE), console)
         self.crew = self._crew(together)

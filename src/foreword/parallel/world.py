@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from foreword.errors import ForewordError
 from foreword.parallel.layout import Layout, own_rank, parse_layout
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class World:
     rank: int = 0
     tp_group: Any = None
     """Of the processes that read the same rows as this one; None without tensor parallelism."""
+    slow_group: Any = None
+    """Of all, for what may take as long as a training: there a process that hangs is not given up."""
+    patient: bool = False
+    """Whether words go through ``slow_group``."""
+
+    @property
+    def waiting(self) -> World:
+        """The same, where somebody may be busy for longer than a collective may take."""
+        return replace(self, patient=True)
 
     @property
     def several(self) -> bool:
@@ -90,16 +100,36 @@ class World:
         if not self.several:
             return value
         box = [value]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self._words)
         return box[0]
 
     def least(self, value: int) -> int:
         """The smallest of all processes' numbers."""
+        return min(self.told(value))
+
+    def told(self, value: T) -> list[T]:
+        """What each process says, in all of them."""
         if not self.several:
-            return value
+            return [value]
         found: list[Any] = [None] * self.layout.processes
-        dist.all_gather_object(found, value)
-        return int(min(found))
+        dist.all_gather_object(found, value, group=self._words)
+        return found
+
+    def divided(self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+        """What ``work`` makes of each item, its share done by each reader and told to the others.
+
+        Readers that a backbone is spread over (``fsdp``) must pass through it equally often, so each does everything;
+        and so does each of more readers than items.
+        """
+        readers = self.layout.readers
+        if self.layout.fsdp > 1 or not 1 < readers <= len(items):
+            return list(work(items))
+        parts = self.told(work(self.rows(items)))[:: self.layout.tp]
+        return [parts[i % readers][i // readers] for i in range(len(items))]
+
+    @property
+    def _words(self) -> Any:
+        return self.slow_group if self.patient else None
 
     def joined_slices(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """The whole of a tensor of which each process of a reader has an equal part along ``dim``."""
@@ -148,9 +178,9 @@ def joined(parallel: str, device: torch.device, minutes: float) -> Iterator[Worl
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes), device_id=bound)
     try:
         group = dist.new_subgroups(layout.tp)[0] if layout.tp > 1 else None  # type: ignore[no-untyped-call]
-        end = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield World(layout, dist.get_rank(), group)
-        dist.barrier(end)  # the first process scores and writes alone: however long that takes, its files are there
+        slow = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield World(layout, dist.get_rank(), group, slow)
+        dist.barrier(slow)  # the first process writes alone: however long that takes, its files are there
     except RuntimeError as e:
         raise _lost(e) or e from None
     finally:
