@@ -53,7 +53,8 @@ Recipe, data order, result: the same as with one process, whatever the layout (t
 step within 1e-5, with 2 and 4 processes, packed rows, prefixes, populations, recomputed activations, accumulation).
 The rows of a step are divided, not multiplied: `train.batch_size` means what it means alone. Rows to score (validation,
 held-out rows, baselines, the report's) are divided too, except where weights are spread (`fsdp`), whose processes must
-all pass through them equally often. Only the first process writes. A checkpoint goes on with any number of processes, and with as many as before to the last bit.
+all pass through them equally often. Only the first process writes. A checkpoint goes on with any number of processes,
+and with as many as before to the last bit.
 """
 LOST = """\
 ## When a process is lost
@@ -92,7 +93,8 @@ Neither script was run for this page: there was one machine of two cores. The co
 `torchrun --nproc-per-node N -m foreword tune ...` gives every process trainings of its own: a fold of a candidate, or
 a member. Nothing is sent but their outcomes, and the search is the one that a single process makes (a test compares
 trials and members). Who has no training waits for the others as long as theirs take: there only a killed process is
-noticed, not one that hangs. The ensemble's scores and report are the first process's. With a backbone that is spread (`fsdp`, `tp`) all processes train one after the other together.
+noticed, not one that hangs. The ensemble's scores and report are the first process's. With a backbone that is spread
+(`fsdp`, `tp`) all processes train one after the other together.
 `foreword tune --ray auto` does the same on a Ray cluster (`pip install 'foreword[ray]'`), `--ray local` on this
 machine; `tune.ray_workers` says how many trainings at a time.
 
