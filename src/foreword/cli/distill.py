@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from foreword.cli import folder
 from foreword.cli import options as o
+from foreword.config import PromptConfig, Recipe
+from foreword.recipe import merge
 
 
 def distill(
@@ -21,27 +23,17 @@ def distill(
     eval_data: o.EvalData = None,
     label: o.Label = None,
     template: o.Template = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder: new, empty, or one to resume.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    out: folder.Out = None,
+    resume: folder.Resume = False,
 ) -> None:
     """Make a long text, or few-shot examples, into a few virtual tokens that say the same."""
-    from rich.console import Console
-
-    from foreword.cli.show import print_run
-    from foreword.config import PromptConfig, Recipe
-    from foreword.errors import ForewordError
-    from foreword.recipe import RECIPE, load_recipe, merge
-
-    if out is None:
-        raise ForewordError("no output folder given", "command line", "add --out runs/NAME")
-    started = resume and (out / RECIPE).is_file()
-    base = load_recipe(out / RECIPE) if started else Recipe(prompt=PromptConfig(method="cartridge", virtual_tokens=32))
+    out = folder.given_folder(out)
+    own = Recipe(prompt=PromptConfig(method="cartridge", virtual_tokens=32))
+    base = folder.base_recipe(out, resume, own)
     recipe = o.build_recipe(args, model, data, eval_data, None, label, template, base)
     given = {"text": text, "few_shot": few_shot}
     recipe = merge(recipe, {"distill": {k: v for k, v in given.items() if v is not None}}, where="command line")
 
     from foreword.jobs.distill import distill as run
 
-    console = Console()
-    run(recipe, out, resume, console)
-    print_run(out, console)
+    folder.carry_out("distill", run, recipe, out, resume)
