@@ -30,9 +30,9 @@ KNOWN["context-tuning"] = Known(0.003, "examples", 256)
 SMALL: Mapping[str, Any] = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
 
 
-def tuned(model: Path, out: Path, rows: list[dict[str, str]] = DATA, **tune: Any) -> Any:
+def tuned(model: Path, out: Path, data: list[dict[str, str]] = DATA, **tune: Any) -> Any:
     return foreword.tune(
-        model=str(model), data=rows, text="text", label="label", out=out, quiet=True,
+        model=str(model), data=data, text="text", label="label", out=out, quiet=True,
         tune={**SMALL, **tune}, train={"epochs": 3, "batch_size": 4},
     )  # fmt: skip
 
@@ -47,17 +47,18 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what is decided without a model ----------------------------------------------------------
 
 
-@given(st.floats(0.5, 200), st.integers(1, 40), st.integers(2, 6), st.integers(1, 12))
+@given(st.floats(0.5, 200), st.integers(1, 40), st.integers(2, 6), st.integers(1, 12), st.floats(0.01, 1))
 def test_a_plan_is_whole_and_keeps_to_its_budget_where_it_can(
-    units: float, space: int, folds: int, members: int
+    units: float, space: int, folds: int, members: int, share: float
 ) -> None:
-    found = plan(units, space, folds, members)
+    """The rows of the search may be some of all."""
+    found = plan(units, space, folds, members, share)
     assert 1 <= found.members <= members
     assert all(1 <= r.candidates <= space for r in found.rungs)
     first, second = found.rungs
     assert first.candidates >= second.candidates >= min(2, first.candidates)
     assert first.folds + second.folds == folds
-    least = plan(0, space, folds, members).units(folds)
+    least = plan(0, space, folds, members, share).units(folds)
     assert found.units(folds) <= max(least, units) + 1e-9
 
 
@@ -268,6 +269,21 @@ def test_a_single_member_is_a_plain_run(model_folder: Path, tmp_path: Path) -> N
     assert made.scores["protocol"].startswith("expected: 2-fold")
 
 
+def test_a_search_reads_some_of_many_rows_and_its_members_all(model_folder: Path, tmp_path: Path) -> None:
+    """Every class has its share of them; a training on fewer rows costs less of the budget."""
+    rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog", "you") for r in DATA]
+    tuned(model_folder, tmp_path / "run", rows, rows=10, trainings=4)
+    said = json.loads((tmp_path / "run" / "tune.json").read_text())
+    assert said["expected"]["n"] == 10
+    assert said["expected"]["per_class"]["complaint"]["n"] == 5
+    assert "2-fold cross-validation on 10 of the 30 training rows" in said["expected"]["protocol"]
+    assert len([t for t in said["trials"] if t["rung"] == 0]) > plan(4, 12, 2, 3).rungs[0].candidates
+    sidecar = json.loads((tmp_path / "run" / "foreword.json").read_text())
+    assert sidecar["training"]["rows"] == 30
+    members = [json.loads(f.read_text())["training"] for f in tmp_path.glob("run/members/*/foreword.json")]
+    assert {m["steps"] for m in members} <= {24, 12}  # 3 epochs of 30 rows in fours; context-tuning shows half
+
+
 def test_free_text_is_tuned_to_one_soft_prompt(model_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": text, "label": f"{text.split()[0]} {i}"} for i, (text, _) in enumerate(ROWS)]
     made = tuned(model_folder, tmp_path / "text", rows, trainings=5)
@@ -296,6 +312,7 @@ def test_optuna_searches_too(model_folder: Path, tmp_path: Path) -> None:
         (("data.folds=3",), "tune cross-validates by itself"),
         (("tune.minutes=0",), "the budget is minutes or trainings"),
         (("tune.folds=1",), "1 folds leave nothing out"),
+        (("tune.rows=2",), "2 rows cannot be parted in 3"),
         (("tune.folds=11",), "10 rows cannot be parted in 11"),
         (("tune.methods=[cpt]",), "cpt has a start of its own"),
         (("tune.virtual_tokens=[8, 8]",), "tune.virtual_tokens is [8, 8]"),

@@ -205,6 +205,8 @@ class TuneConfig:
     """Most soft prompts in the ensemble; 1: a single one."""
     folds: int = 3
     """Parts of the rows, each left out once to score what was trained on the others."""
+    rows: int = 512
+    """Most rows that the search reads, of every class its share; the members train on all."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

@@ -25,6 +25,11 @@ def hold_out(labels: Sequence[Hashable], fraction: float, seed: int) -> tuple[li
     return [i for i in range(len(order)) if i not in picked], sorted(picked)
 
 
+def sample(labels: Sequence[Hashable], most: int, seed: int) -> list[int]:
+    """At most so many row indices, in order; of every class its share."""
+    return list(range(len(labels))) if len(labels) <= most else hold_out(labels, most / len(labels), seed)[1]
+
+
 def k_folds(labels: Sequence[Hashable], folds: int, seed: int) -> list[tuple[list[int], list[int]]]:
     """``folds`` pairs of (training, held-out) row indices; each row is held out once."""
     _need_two(labels)

@@ -20,7 +20,7 @@ from rich.console import Console
 from foreword.artifact.atomic import write_atomic
 from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone
-from foreword.config import Member, PromptConfig, Recipe, TrainConfig
+from foreword.config import Member, PromptConfig, Recipe
 from foreword.data.encode import Encoder
 from foreword.evaluation.evaluate import Outcome, run_rows
 from foreword.evaluation.scoring import target_logprobs
@@ -61,6 +61,7 @@ class Task:
         group: candidates of one group, with seeds.
         keep: rows to train on.
         out: rows to score; none: the weights are what is wanted.
+        epochs: of the training.
         title: as on the terminal.
     """
 
@@ -68,6 +69,7 @@ class Task:
     group: tuple[tuple[Candidate, int], ...]
     keep: tuple[int, ...]
     out: tuple[int, ...]
+    epochs: int
     title: str
 
 
@@ -110,10 +112,9 @@ class Workshop:
         self._ready: dict[Group, Ready] = {}
         self._layouts: dict[str, Choice] = {}
 
-    @property
-    def epochs(self) -> int:
-        """Of a whole training."""
-        return self.recipe.train.epochs or search_epochs(len(self.splits.train))
+    def epochs(self, rows: int) -> int:
+        """Of a training on so many rows."""
+        return self.recipe.train.epochs or search_epochs(rows)
 
     @property
     def groups(self) -> Collection[Ready]:
@@ -143,14 +144,15 @@ class Workshop:
             self._layouts[kind] = choose_layout(self.backbone, self.method(candidate, 0).soft_prompt(), rows)
         return self._layouts[kind]
 
-    def train(self, folder: Path, group: Sequence[tuple[Candidate, int]], rows: Sequence[int], title: str) -> Trained:
-        """Trains candidates of one group, each with its seed, on the rows of these numbers."""
-        first = group[0][0]
-        examples = [self.ready(first).examples[i] for i in rows]
-        methods, shown = self._beginnings(group, examples)
+    def train(self, folder: Path, task: Task) -> Trained:
+        """Trains a task's candidates, each with its seed, on its rows."""
+        first = task.group[0][0]
+        examples = [self.ready(first).examples[i] for i in task.keep]
+        methods, shown = self._beginnings(task.group, examples)
         return train_in(
-            folder, self.backbone, methods, [member_of(c, s) for c, s in group], [e.segment for e in examples],
-            self.train_config, self.layout(first), self.console, title=title, shown=shown,
+            folder, self.backbone, methods, [member_of(c, s) for c, s in task.group], [e.segment for e in examples],
+            replace(self.recipe.train, epochs=task.epochs), self.layout(first), self.console, title=task.title,
+            shown=shown,
         )  # fmt: skip
 
     def _beginnings(self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]) -> Beginnings:
@@ -159,15 +161,10 @@ class Workshop:
         members = [member_of(c, s) for c, s in group]
         return beginnings(ready.prompt, self.splits.task, ready.encoder, self.backbone, members, examples)
 
-    @property
-    def train_config(self) -> TrainConfig:
-        """The optimisation, its epochs decided."""
-        return replace(self.recipe.train, epochs=self.epochs)
-
     def carry_out(self, task: Task, folder: Path) -> Done:
         """Trains a task's candidates, from the folder's checkpoint if there is one, and scores the rows left out."""
         began = time.monotonic()
-        trained = self.train(folder, task.group, task.keep, task.title)
+        trained = self.train(folder, task)
         states, first = trained.population.states, task.group[0][0]
         outcomes, weights = [], []
         if task.out:
@@ -188,9 +185,9 @@ class Workshop:
 
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
-        config = self.train_config
-        probe = replace(config, engine="eager")
         examples = self.ready(candidate).examples
+        config = replace(self.recipe.train, epochs=self.epochs(len(examples)))
+        probe = replace(config, engine="eager")
         segments, member = [e.segment for e in examples], member_of(candidate, 0)
         methods, shown = self._beginnings([(candidate, member.seed)], examples)
         plan, left = trained_rows(len(segments), shown, config)

@@ -17,7 +17,7 @@ from foreword.checks import check, check_tune
 from foreword.config import Recipe
 from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
-from foreword.data.splits import k_folds
+from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
@@ -125,7 +125,12 @@ class _Search:
         self.crew = self._crew(together)
         task, table = splits.task, splits.train
         labels = label_names(table, task.label_column, task.names) if task.classifies else [""] * len(table)
-        self.folds = k_folds(labels, recipe.tune.folds, recipe.tune.seed)
+        self.searched = sample(labels, recipe.tune.rows, recipe.tune.seed)
+        self.folds = [
+            ([self.searched[i] for i in keep], [self.searched[i] for i in out])
+            for keep, out in k_folds([labels[i] for i in self.searched], recipe.tune.folds, recipe.tune.seed)
+        ]
+        self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
     def run(self) -> None:
@@ -144,6 +149,10 @@ class _Search:
         together = averaged([found[i].outcome for i in chosen])
         expected = Expected(together, found[chosen[0]].outcome, order, len(self.folds), self._protocol())
         write_tuned(self.workshop, self.out, members, expected, [t.facts() for t in self.trials])
+
+    def _rows_read(self, rows: int) -> int:
+        """In a whole training on so many."""
+        return rows * self.workshop.epochs(rows)
 
     def _crew(self, together: bool) -> Crew:
         tune = self.recipe.tune
@@ -201,17 +210,22 @@ class _Search:
         def decide() -> dict[str, Any]:
             second = self.workshop.unit_seconds(first)
             units = self._seconds / second if config.minutes else config.trainings
-            found = plan(units, size, config.folds, self._most_members())
+            found = plan(units, size, config.folds, self._most_members(), self.share)
             return {"unit_seconds": second, "units": units, "rungs": [asdict(r) for r in found.rungs],
                     "members": found.members}  # fmt: skip
 
         facts = self._decided("budget", decide)
-        budget = Budget(tuple(Rung(**r) for r in facts["rungs"]), facts["members"])
+        budget = Budget(tuple(Rung(**r) for r in facts["rungs"]), facts["members"], self.share)
         start, *later = budget.rungs
         rungs = "".join(f", the best {r.candidates} on {r.folds} more" for r in later)
-        say(self.console, f"a training on all {len(self.splits.train)} rows takes about {facts['unit_seconds']:.0f} s: "
-            f"{start.candidates} candidates on {start.folds} of {config.folds} folds{rungs}; "
+        count = len(self.splits.train)
+        of = "" if len(self.searched) == count else f" of {len(self.searched)} rows"
+        say(self.console, f"a training on all {count} rows takes about {facts['unit_seconds']:.0f} s: "
+            f"{start.candidates} candidates on {start.folds} of {config.folds} folds{of}{rungs}; "
             f"then up to {budget.members} on all rows")  # fmt: skip
+        if (wanted := budget.units(config.folds)) > facts["units"] + 1e-9:
+            much = f"{wanted:.1f} trainings on all rows instead of {facts['units']:.1f}"
+            say(self.console, f"that is the least, and more than the budget: {much}")
         return budget
 
     def _most_members(self) -> int:
@@ -235,7 +249,7 @@ class _Search:
         for number, rung in enumerate(budget.rungs[1:], start=1):
 
             def decide(rung: Rung = rung) -> dict[str, Any]:
-                each = cost(rung.folds, self.recipe.tune.folds)
+                each = self.share * cost(rung.folds, self.recipe.tune.folds)
                 affordable = int((self._units_left() - budget.members) / each)
                 return {"candidates": max(1, min(rung.candidates, affordable))}
 
@@ -250,7 +264,7 @@ class _Search:
     def _units_left(self) -> float:
         """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
         tune = self.recipe.tune
-        done = sum(cost(t.fresh, tune.folds) for t in self.trials)
+        done = sum(self.share * cost(t.fresh, tune.folds) for t in self.trials)
         if not tune.minutes:
             return tune.trainings - done
         spent = sum(t.seconds for t in self.trials)
@@ -263,7 +277,7 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        return Trial(0, candidate, self.workshop.epochs, (), 0, 0.0)
+        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0)
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
@@ -274,7 +288,7 @@ class _Search:
         for fold in range(first, first + folds):
             # A first rung may come in two halves, whose candidates are counted from 0 both.
             name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
-            wanted += self._shared(proposed, *self.folds[fold], name, title)
+            wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title)
         for indices, done in self._carried_out(wanted):
             for i, outcome in zip(indices, done.outcomes, strict=True):
                 outcomes[i].append(outcome)
@@ -307,7 +321,8 @@ class _Search:
         first = self.recipe.tune.seed * SEED_STRIDE
         picked = [(found[i].candidate, first + number) for number, i in enumerate(chosen)]
         made: dict[int, Made] = {}
-        wanted = self._shared(picked, range(len(self.splits.train)), (), "members", "members")
+        rows = range(len(self.splits.train))
+        wanted = self._shared(picked, rows, (), self.workshop.epochs(len(rows)), "members", "members")
         for indices, done in self._carried_out(list(wanted)):
             for i, weights in zip(indices, done.weights, strict=True):
                 kept = self.workshop.method(*picked[i])
@@ -316,8 +331,9 @@ class _Search:
         return [made[i] for i in range(len(picked))]
 
     def _shared(
-        self, proposed: Sequence[tuple[Candidate, int]], keep: Sequence[int], out: Sequence[int], name: str, title: str
-    ) -> Iterator[Shared]:
+        self, proposed: Sequence[tuple[Candidate, int]], keep: Sequence[int], out: Sequence[int], epochs: int,
+        name: str, title: str,
+    ) -> Iterator[Shared]:  # fmt: skip
         """Candidates with seeds as tasks of those that train in the same passes, each beside their indices.
 
         With several workers a group is as many tasks.
@@ -326,7 +342,7 @@ class _Search:
             parts = min(self.crew.workers, len(indices))
             for mine in (indices[k::parts] for k in range(parts)):
                 group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"
-                yield Task(folder, group, tuple(keep), tuple(out), f"{title}, {method}"), mine
+                yield Task(folder, group, tuple(keep), tuple(out), epochs, f"{title}, {method}"), mine
 
     def _carried_out(self, wanted: Sequence[Shared]) -> list[tuple[list[int], Done]]:
         """The outcome of every task beside its indices; what an interrupted search had finished is not done again."""
@@ -340,10 +356,10 @@ class _Search:
         return [(indices, found[i]) for i, (_, indices) in enumerate(wanted)]
 
     def _protocol(self) -> str:
-        return (
-            f"expected: {self.recipe.tune.folds}-fold cross-validation on the {len(self.splits.train)} training rows "
-            f"(seed {self.recipe.tune.seed}), intervals for new rows"
-        )
+        count, tune = len(self.splits.train), self.recipe.tune
+        rows = f"the {count}" if len(self.searched) == count else f"{len(self.searched)} of the {count}"
+        parted = f"{tune.folds}-fold cross-validation on {rows} training rows (seed {tune.seed})"
+        return f"expected: {parted}, intervals for new rows"
 
     def _decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A decision that rests on time, taken once and kept for a resumed search."""

@@ -185,6 +185,7 @@ def _shared_facts(workshop: Workshop) -> dict[str, Any]:
     recipe, backbone, splits = workshop.recipe, workshop.backbone, workshop.splits
     return {
         "rows": len(splits.train), "label_counts": _counts(workshop), "data_sha256": splits.data_hash,
-        "data_seed": recipe.data.seed, "tuned": True, "epochs": workshop.epochs, "device": str(backbone.device),
+        "data_seed": recipe.data.seed, "tuned": True, "epochs": workshop.epochs(len(splits.train)),
+        "device": str(backbone.device),
         "dtype": str(backbone.dtype).removeprefix("torch."), "quantize": backbone.rounding,
     }  # fmt: skip
