@@ -216,7 +216,7 @@ def default(job: Job) -> dict[str, Answer]:
 
 def context(job: Job) -> dict[str, Answer]:
     """``foreword.train`` by context tuning, for as many epochs as ``foreword tune`` trains."""
-    epochs = search_epochs(len(job.split.train))
+    epochs = search_epochs(len(job.split.train), len(by_class(job.split.train)))
     task = foreword.train(
         model=job.bench.keys, data=job.split.train, template=job.data.template, label="label",
         out=job.folder / "context", prompt={"method": "context-tuning"},

@@ -39,6 +39,8 @@ DONE = "done.json"
 PROBE_STEPS = 3
 MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ = 15, 2, 800
 """Half of a lone training's or fewer: more candidates and members do more than longer trainings (docs/log.md)."""
+ROWS_READ_A_CLASS = 160
+"""At least: ten classes want more steps than two."""
 Group = tuple[str, int]
 """Method and number of virtual tokens: what soft prompts of one pass have in common."""
 
@@ -114,7 +116,7 @@ class Workshop:
 
     def epochs(self, rows: int) -> int:
         """Of a training on so many rows."""
-        return self.recipe.train.epochs or search_epochs(rows)
+        return self.recipe.train.epochs or search_epochs(rows, len(self.splits.task.classes))
 
     @property
     def groups(self) -> Collection[Ready]:
@@ -203,9 +205,9 @@ class Workshop:
         return median(times[1:]) * plan.steps  # the first step also warms up
 
 
-def search_epochs(rows: int) -> int:
+def search_epochs(rows: int, classes: int) -> int:
     """Epochs of a whole training in a search, where the recipe leaves them open."""
-    return epochs_for(rows, MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ)
+    return epochs_for(rows, MOST_EPOCHS, LEAST_EPOCHS, max(ROWS_READ, classes * ROWS_READ_A_CLASS))
 
 
 def group_of(candidate: Candidate) -> Group:
