@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from foreword.cli import options as o
+from foreword.cli.folder import Resume
 
 
 def multitask(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE RECIPE... [key=value]...", help="A recipe a task.")],
     out: Annotated[Path, typer.Option("--out", help="Run folder: new, empty, or one to resume.")],
     model: o.Model = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train one shared soft prompt with factors for each of several tasks."""
     from rich.console import Console
