@@ -313,6 +313,23 @@ def test_an_engine_that_starts_anew_in_the_middle_of_a_load_gets_the_rows_again(
     run(check())
 
 
+def test_a_content_that_changed_while_the_engine_started_anew_leaves_nothing_of_the_old_one(store: Path) -> None:
+    async def check() -> None:
+        engine = Books()
+        registry = registry_over(engine, store)
+        engine.gate.clear()
+        task = asyncio.create_task(use(registry, "a"))
+        await asyncio.sleep(0.05)  # its rows wait to be put
+        engine.restart()
+        soft_prompt(store / "a", 9)
+        engine.gate.set()
+        (loaded,) = await task
+        assert list(engine.held) == [loaded.members[0].key]
+        assert torch.equal(rows_of(engine, loaded)[0], values_of(9))
+
+    run(check())
+
+
 def test_an_engine_that_is_down_is_an_error_until_it_is_back(store: Path) -> None:
     async def check() -> None:
         engine = Books()

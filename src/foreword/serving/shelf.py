@@ -160,8 +160,11 @@ class Shelf:
 
     async def put(self, entry: Entry, loaded: Loaded, values: Sequence[NDArray[np.float32]]) -> None:
         """Puts a content into the engine under a leased entry, in place of one that an earlier start had."""
-        self.used += loaded.nbytes - (entry.loaded.nbytes if entry.loaded else 0)
+        before = entry.loaded
+        self.used += loaded.nbytes - (before.nbytes if before else 0)
         entry.loaded = loaded
+        if before is not None and before is not loaded:
+            await self._drop(before)  # it is there if the engine began anew while it was read
         await self._shrink()
         for member, rows in zip(loaded.members, values, strict=True):
             packed = Rows(member.key, rows, member.kind)
