@@ -116,6 +116,14 @@ def test_sampling_is_a_function_of_its_seed_and_leaves_the_global_generator_alon
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_a_temperature_too_low_to_divide_by_is_greedy(temperature: float) -> None:
+    backbone = tiny.backbone("llama-gqa", torch.float32)
+    table, contexts = rows_of(backbone, 2), tiny.front([(5, 6)], 2)
+    cold = Sampling(max_new_tokens=10, temperature=temperature, top_k=5)
+    assert generate(backbone, table, contexts, cold) == generate(backbone, table, contexts, Sampling(max_new_tokens=10))
+
+
 def test_repetition_penalty_never_indexes_past_the_vocabulary() -> None:
     backbone = tiny.backbone("llama-gqa", torch.float32)
     out = generate(

@@ -160,6 +160,13 @@ def test_seeds_and_logit_bias_decide_what_is_drawn(served: sg.Served) -> None:
     assert biased == tiny.tokenizer().decode([70] * 8)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_a_temperature_too_low_to_divide_by_is_greedy(served: sg.Served, temperature: float) -> None:
+    body = {"model": "tweets", "prompt": "a", "max_tokens": 8, "top_k": 15}
+    texts = [served.post(COMPLETIONS, temperature=t, **body).json()["choices"][0]["text"] for t in (0, temperature)]
+    assert texts[0] == texts[1]
+
+
 def test_logprobs_are_those_of_the_tokens(served: sg.Served) -> None:
     body = {"model": "tweets", "temperature": 0, "max_tokens": 6}
     (choice,) = served.post(COMPLETIONS, prompt="my parcel", logprobs=3, **body).json()["choices"]

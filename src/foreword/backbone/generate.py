@@ -21,6 +21,8 @@ from foreword.prompts.soft import SoftPrompt
 
 BATCH = 16
 """Contexts that callers give to ``generate`` at once."""
+COLDEST = 1e-5
+"""Temperatures below this are greedy: logits over them leave float32."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _generate(
         ids = torch.cat([ids.new_full(size, backbone.vocab_size), ids], dim=1)
         mask = torch.cat([mask.new_ones(size), mask], dim=1)
         cache["past_key_values"] = prefix.cache(len(ids), keep=True)
-    sample = sampling.temperature > 0
+    sample = sampling.temperature >= COLDEST
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=sample,

@@ -34,6 +34,10 @@ class Rows:
     kind: Literal["rows", "prefix"] = "rows"
 
 
+COLDEST = 1e-5
+"""Temperatures below this are greedy: logits over them leave float32."""
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen. A temperature of 0 is greedy.
@@ -57,6 +61,11 @@ class Decoding:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature < COLDEST
 
 
 SAMPLES = tuple(f.name for f in fields(Decoding) if f.name != "max_tokens")

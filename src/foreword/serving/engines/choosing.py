@@ -75,7 +75,7 @@ class Writer:
     def plain(self) -> bool:
         """Whether the likeliest token is all that is asked for."""
         d = self.decoding
-        return d.temperature <= 0 and d.top_logprobs is None and not self.adjusts
+        return d.greedy and d.top_logprobs is None and not self.adjusts
 
     @property
     def adjusts(self) -> bool:
@@ -153,7 +153,7 @@ def choose(logits: torch.Tensor, writer: Writer) -> Chosen:
     """The next token from logits ``[V]``, with its log-probability under the model if asked for."""
     d = writer.decoding
     adjusted = _adjusted(logits, writer) if writer.adjusts else logits
-    token = int(adjusted.argmax()) if d.temperature <= 0 else _draw(adjusted, d, writer.generator)
+    token = int(adjusted.argmax()) if d.greedy else _draw(adjusted, d, writer.generator)
     if d.top_logprobs is None:
         return Chosen(token)
     logprobs = logits.float().log_softmax(-1)
