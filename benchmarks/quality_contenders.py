@@ -226,10 +226,10 @@ def context(job: Job) -> dict[str, Answer]:
 
 
 def tune(job: Job) -> dict[str, Answer]:
-    """``foreword tune`` on the training rows: its ensemble and its best member, with what it expects of each."""
+    """``foreword tune`` on the rows alone, its wording its own: its ensemble and its best member, with what it expects."""
     out, bench = job.folder / "tune", job.bench
     foreword.tune(
-        model=bench.keys, data=job.split.train, template=job.data.template, label="label", out=out,
+        model=bench.keys, data=job.split.train, text="text", label="label", out=out,
         tune={**bench.tune, "seed": job.seed}, train=bench.train, quiet=True,
     )  # fmt: skip
     said = json.loads((out / "tune.json").read_text())

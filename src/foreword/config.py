@@ -207,6 +207,9 @@ class TuneConfig:
     """Parts of the rows, each left out once to score what was trained on the others."""
     rows: int = 512
     """Most rows that the search reads, of every class its share; the members train on all."""
+    wording: str = "auto"
+    """auto: before the search, choose on the training rows what the model says for a class (unless data.label_words
+    says it) and what stands before it (unless data.template does); given: leave both as they are."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

@@ -116,6 +116,20 @@ def default_template(column: str) -> str:
     return "{" + column + "} Label :"
 
 
+def with_closing(source: str, closing: str) -> str:
+    """The template with another text behind its last column; places for virtual tokens there stay."""
+    parts = parse(source).parts
+    return "".join(map(_written, parts[:-1] if isinstance(parts[-1], str) else parts)) + _written(closing)
+
+
+def _written(part: str | Field | Soft) -> str:
+    if isinstance(part, Soft):
+        return f"{{soft:{part.tokens}}}"
+    if isinstance(part, Field):
+        return "{" + "|".join(filter(None, (part.column, part.cut))) + "}"
+    return part.replace("{", "{{").replace("}", "}}")
+
+
 def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:
     """Raises with the columns there and the nearest one when a wanted column is missing."""
     for column in wanted:

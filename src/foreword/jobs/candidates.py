@@ -73,6 +73,8 @@ class Task:
     out: tuple[int, ...]
     epochs: int
     title: str
+    words: tuple[str, ...] = ()
+    """Label words; none: the task's."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Workshop:
 
     def __init__(self, recipe: Recipe, splits: Splits, backbone: Backbone, console: Console) -> None:
         self.recipe, self.splits, self.backbone, self.console = recipe, splits, backbone, console
-        self._ready: dict[Group, Ready] = {}
+        self._ready: dict[tuple[Group, tuple[str, ...]], Ready] = {}
         self._layouts: dict[str, Choice] = {}
 
     def epochs(self, rows: int) -> int:
@@ -123,19 +125,21 @@ class Workshop:
         """All groups made so far."""
         return self._ready.values()
 
-    def ready(self, candidate: Candidate) -> Ready:
-        """Settings, encoder and encoded training rows of its group."""
-        group = group_of(candidate)
-        if group not in self._ready:
-            method, tokens = group
+    def ready(self, candidate: Candidate, words: tuple[str, ...] = ()) -> Ready:
+        """Settings, encoder and encoded training rows of its group, with the task's label words unless others."""
+        words = words or self.splits.task.words
+        (method, tokens), key = group_of(candidate), (group_of(candidate), words)
+        if key not in self._ready:
             prompt = replace(self.recipe.prompt, method=method, virtual_tokens=tokens)
-            encoder = make_encoder(self.splits.task, self.backbone, tokens, METHODS[method].kind)
-            self._ready[group] = Ready(prompt, encoder, encoder.examples(self.splits.train))
-        return self._ready[group]
+            task = replace(self.splits.task, words=words)
+            encoder = make_encoder(task, self.backbone, tokens, METHODS[method].kind)
+            self._ready[key] = Ready(prompt, encoder, encoder.examples(self.splits.train))
+        return self._ready[key]
 
     def method(self, candidate: Candidate, seed: int) -> Method:
         """Its soft prompt before the first step on all rows."""
-        return self._beginnings([(candidate, seed)], self.ready(candidate).examples)[0][0]
+        ready = self.ready(candidate)
+        return self._beginnings([(candidate, seed)], ready, ready.examples)[0][0]
 
     def layout(self, candidate: Candidate) -> Choice:
         """How its rows share a pass, proved once for each kind of soft prompt."""
@@ -149,19 +153,21 @@ class Workshop:
     def train(self, folder: Path, task: Task) -> Trained:
         """Trains a task's candidates, each with its seed, on its rows."""
         first = task.group[0][0]
-        examples = [self.ready(first).examples[i] for i in task.keep]
-        methods, shown = self._beginnings(task.group, examples)
+        ready = self.ready(first, task.words)
+        examples = [ready.examples[i] for i in task.keep]
+        methods, shown = self._beginnings(task.group, ready, examples)
         return train_in(
             folder, self.backbone, methods, [member_of(c, s) for c, s in task.group], [e.segment for e in examples],
             replace(self.recipe.train, epochs=task.epochs), self.layout(first), self.console, title=task.title,
             shown=shown,
         )  # fmt: skip
 
-    def _beginnings(self, group: Sequence[tuple[Candidate, int]], examples: Sequence[Example]) -> Beginnings:
+    def _beginnings(
+        self, group: Sequence[tuple[Candidate, int]], ready: Ready, examples: Sequence[Example]
+    ) -> Beginnings:
         """The group's soft prompts before the first step on these rows, and which of them these show."""
-        ready = self.ready(group[0][0])
         members = [member_of(c, s) for c, s in group]
-        return beginnings(ready.prompt, self.splits.task, ready.encoder, self.backbone, members, examples)
+        return beginnings(ready.prompt, ready.encoder.task, ready.encoder, self.backbone, members, examples)
 
     def carry_out(self, task: Task, folder: Path) -> Done:
         """Trains a task's candidates, from the folder's checkpoint if there is one, and scores the rows left out."""
@@ -170,16 +176,17 @@ class Workshop:
         states, first = trained.population.states, task.group[0][0]
         outcomes, weights = [], []
         if task.out:
-            outcomes = [self._outcome(first, state.kept.soft_prompt(), task.out) for state in states]
+            ready = self.ready(first, task.words)
+            outcomes = [self._outcome(first, ready, state.kept.soft_prompt(), task.out) for state in states]
         else:
             weights = [{n: t.detach().cpu() for n, t in s.kept.state_dict().items()} for s in states]
         # Before an interruption there were steps as well: what they took is in the checkpoint.
         seconds = max(time.monotonic() - began, trained.population.seconds)
         return Done(seconds, outcomes, weights, trained.figures)
 
-    def _outcome(self, candidate: Candidate, prompt: SoftPrompt, rows: Sequence[int]) -> Outcome:
+    def _outcome(self, candidate: Candidate, ready: Ready, prompt: SoftPrompt, rows: Sequence[int]) -> Outcome:
         """What a soft prompt says of these rows; of free text only how likely it is, as writing takes long."""
-        ready, layout = self.ready(candidate), self.layout(candidate).score
+        layout = self.layout(candidate).score
         held = [ready.examples[i] for i in rows]
         if ready.encoder.label_ids:
             return run_rows(self.backbone, prompt, held, ready.encoder.label_ids, layout)
@@ -187,20 +194,21 @@ class Workshop:
 
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
-        examples = self.ready(candidate).examples
+        ready = self.ready(candidate)
+        examples = ready.examples
         config = replace(self.recipe.train, epochs=self.epochs(len(examples)))
         probe = replace(config, engine="eager")
         segments, member = [e.segment for e in examples], member_of(candidate, 0)
-        methods, shown = self._beginnings([(candidate, member.seed)], examples)
+        methods, shown = self._beginnings([(candidate, member.seed)], ready, examples)
         plan, left = trained_rows(len(segments), shown, config)
         population = start(methods, [member], config, plan, self.backbone.device, left)
         times = []
-        with prepared(self.backbone, segments, population, probe, self.layout(candidate).train) as ready:
+        with prepared(self.backbone, segments, population, probe, self.layout(candidate).train) as able:
             for step in range(PROBE_STEPS):
-                batch = [ready.segments[i] for i in population.batch(population.states[0], step % plan.steps)]
-                ready.engine.load(population.states, [[batch]])
+                batch = [able.segments[i] for i in population.batch(population.states[0], step % plan.steps)]
+                able.engine.load(population.states, [[batch]])
                 began = time.perf_counter()
-                float(ready.engine.step().loss.sum())  # waits for the device
+                float(able.engine.step().loss.sum())  # waits for the device
                 times.append(time.perf_counter() - began)
         return median(times[1:]) * plan.steps  # the first step also warms up
 

@@ -28,6 +28,7 @@ from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.train import begun, check_names, mark_started
 from foreword.jobs.training import say
 from foreword.jobs.tuned import Expected, Made, write_tuned
+from foreword.jobs.wording import settle_wording
 from foreword.parallel.world import ALONE, World
 from foreword.prompts.methods.context_tuning import own_tokens
 from foreword.prompts.methods.registry import EXAMPLES, find
@@ -121,8 +122,7 @@ class _Search:
     def __init__(self, recipe: Recipe, splits: Splits, out: Path, console: Console, world: World) -> None:
         self.recipe, self.splits, self.out, self.console, self.world = recipe, splits, out, console, world.waiting
         together = world.layout.sharded
-        self.workshop = Workshop(recipe, splits, load_backbone(recipe.model, world if together else ALONE), console)
-        self.crew = self._crew(together)
+        backbone = load_backbone(recipe.model, world if together else ALONE)
         task, table = splits.task, splits.train
         labels = label_names(table, task.label_column, task.names) if task.classifies else [""] * len(table)
         self.searched = sample(labels, recipe.tune.rows, recipe.tune.seed)
@@ -130,6 +130,10 @@ class _Search:
             ([self.searched[i] for i in keep], [self.searched[i] for i in out])
             for keep, out in k_folds([labels[i] for i in self.searched], recipe.tune.folds, recipe.tune.seed)
         ]
+        self.wording = settle_wording(recipe, splits, backbone, self.folds, self._decided, self.console)
+        self.splits = replace(splits, task=self.wording.task(task))
+        self.workshop = Workshop(recipe, self.splits, backbone, console)
+        self.crew = self._crew(together)
         self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
@@ -288,7 +292,8 @@ class _Search:
         for fold in range(first, first + folds):
             # A first rung may come in two halves, whose candidates are counted from 0 both.
             name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
-            wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title)
+            words = self.wording.fold_words[fold]
+            wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title, words)
         for indices, done in self._carried_out(wanted):
             for i, outcome in zip(indices, done.outcomes, strict=True):
                 outcomes[i].append(outcome)
@@ -332,7 +337,7 @@ class _Search:
 
     def _shared(
         self, proposed: Sequence[tuple[Candidate, int]], keep: Sequence[int], out: Sequence[int], epochs: int,
-        name: str, title: str,
+        name: str, title: str, words: tuple[str, ...] = (),
     ) -> Iterator[Shared]:  # fmt: skip
         """Candidates with seeds as tasks of those that train in the same passes, each beside their indices.
 
@@ -342,7 +347,7 @@ class _Search:
             parts = min(self.crew.workers, len(indices))
             for mine in (indices[k::parts] for k in range(parts)):
                 group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"
-                yield Task(folder, group, tuple(keep), tuple(out), epochs, f"{title}, {method}"), mine
+                yield Task(folder, group, tuple(keep), tuple(out), epochs, f"{title}, {method}", words), mine
 
     def _carried_out(self, wanted: Sequence[Shared]) -> list[tuple[list[int], Done]]:
         """The outcome of every task beside its indices; what an interrupted search had finished is not done again."""

@@ -1,0 +1,203 @@
+"""How ``foreword tune`` puts the question: label words and the text before them, chosen before anything is trained.
+
+On the 50 RAFT complaints rows the wording moves macro-F1 more than method or learning rate (docs/log.md). Choices are
+compared by what the plain model says of rows that had no part in them. A template that somebody wrote stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from foreword.backbone.load import Backbone
+from foreword.config import DataConfig, Recipe
+from foreword.data.raft import is_task, read_task
+from foreword.data.template import default_template, with_closing
+from foreword.evaluation.evaluate import run_plain
+from foreword.evaluation.words import Floats, balanced, learnt_words, next_logprobs, probabilities
+from foreword.jobs.data import Splits
+from foreword.jobs.prepare import make_encoder
+from foreword.jobs.training import say
+from foreword.records import Table, Task
+
+CLOSINGS = ("\nThis is", "\nThis is a", "\nIt is about", "\nOverall, it is", "\nType:", "\nTopic:")
+"""What may stand behind the text instead of a closing that nobody chose."""
+ROWS = 128
+"""Most rows that are looked at."""
+LETTERS = 3
+"""Least length of a learnt word."""
+
+SHOWN = 6
+"""Most label words of a wording on the terminal."""
+ERRORS = 1.0
+"""Standard errors that learnt words must be better by: names carry what their writer knows."""
+Fold = tuple[list[int], list[int]]
+
+
+class Free(NamedTuple):
+    """What may be chosen: the text behind the last column, and the label words."""
+
+    closing: bool
+    words: bool
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A template with label words: ``words`` of all rows, ``fold_words`` as the rows of each fold give them."""
+
+    template: str
+    words: tuple[str, ...]
+    fold_words: tuple[tuple[str, ...], ...]
+
+    def task(self, task: Task) -> Task:
+        """The task in this wording."""
+        return replace(task, template=self.template, words=self.words)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A wording and its log losses ``[n]`` of rows left out, in nats."""
+
+    wording: Wording
+    losses: Floats
+
+    def __str__(self) -> str:
+        """As on the terminal."""
+        words = ", ".join(self.wording.words[:SHOWN]) + (", ..." if len(self.wording.words) > SHOWN else "")
+        return f"loss {self.losses.mean():.3f}: {self.wording.template!r} with {words}"
+
+
+def settle_wording(
+    recipe: Recipe, splits: Splits, backbone: Backbone, folds: Sequence[Fold],
+    decided: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]], console: Console,
+) -> Wording:  # fmt: skip
+    """The wording of a search: the given one, or what its rows say is better.
+
+    Args:
+        recipe: of the search.
+        splits: its rows.
+        backbone: the model.
+        folds: training and held-out rows of each fold.
+        decided: takes a decision once, for all processes and for a resumed search.
+        console: is told what was compared.
+    """
+    task, data = splits.task, recipe.data
+    free = Free(unsaid_template(data) == task.template, not data.label_words)
+    if recipe.tune.wording == "given" or not task.classifies or not any(free):
+        return Wording(task.template, task.words, (task.words,) * len(folds))
+
+    def decide() -> dict[str, Any]:
+        say(console, "wording: what the plain model says of rows left out")
+        found = compared(backbone, task, splits.train, thinned(folds), free)
+        best = chosen(found, task)
+        for judged in sorted(found, key=_loss):
+            note = " (chosen)" if judged is best else ""
+            say(console, f"  {judged}{note}")
+        return asdict(best.wording)
+
+    facts = decided("wording", decide)
+    return Wording(facts["template"], tuple(facts["words"]), tuple(map(tuple, facts["fold_words"])))
+
+
+def unsaid_template(data: DataConfig) -> str:
+    """The template that rows have which nobody wrote one for."""
+    folder = Path(data.path).expanduser()
+    return read_task(folder).template if data.path and is_task(folder) else default_template(data.text or "")
+
+
+def thinned(folds: Sequence[Fold]) -> list[Fold]:
+    """The folds with at most ``ROWS`` rows in all, of each fold the same share."""
+    count = sum(len(out) for _, out in folds)
+    looked = {i for _, out in folds for i in out[:: -(-count // ROWS)]}
+    return [([i for i in keep if i in looked], [i for i in out if i in looked]) for keep, out in folds]
+
+
+def compared(backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold], free: Free) -> list[Judged]:
+    """All wordings, the given one first.
+
+    Args:
+        backbone: the model.
+        task: as given.
+        table: the training rows.
+        folds: training and held-out rows of each fold.
+        free: what may be others.
+    """
+    templates = [task.template, *(with_closing(task.template, c) for c in CLOSINGS if free.closing)]
+    found: list[Judged] = []
+    for template in dict.fromkeys(templates):
+        found += _Trial(backbone, replace(task, template=template), table, folds).wordings(free.words)
+    return found
+
+
+def chosen(found: Sequence[Judged], task: Task) -> Judged:
+    """The best with the task's own words, unless the best with learnt ones is better by more than chance."""
+    own = min((j for j in found if j.wording.words == task.words), key=_loss)
+    best = min(found, key=_loss)
+    gain = own.losses - best.losses
+    return best if gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5 else own
+
+
+def _loss(judged: Judged) -> float:
+    return float(judged.losses.mean())
+
+
+class _Trial:
+    """One template: the given words and the learnt ones on it."""
+
+    def __init__(self, backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold]) -> None:
+        self.backbone, self.task = backbone, task
+        rows = sorted(i for _, out in folds for i in out)
+        place = {row: i for i, row in enumerate(rows)}
+        self.folds = [([place[i] for i in keep], [place[i] for i in out]) for keep, out in folds]
+        self.encoder = make_encoder(task, backbone, 0)
+        self.examples = self.encoder.examples(table.pick(rows))
+        self.labels = [e.label if e.label is not None else 0 for e in self.examples]
+
+    def wordings(self, learnt: bool) -> list[Judged]:
+        """Each, judged."""
+        outcome = run_plain(self.backbone, self.examples, self.encoder.label_ids, "rows")
+        assert outcome.probabilities is not None, "the task has classes"
+        given = np.log(np.maximum(outcome.probabilities, 1e-30))
+        same = (self.task.words,) * len(self.folds)
+        found = [self._judged(self.task.words, same, [given] * len(self.folds))]
+        if learnt:
+            table = next_logprobs(self.backbone, [e.context for e in self.examples])
+            whole = self._learnt(table, range(len(self.labels)))
+            parts = [self._learnt(table, keep) for keep, _ in self.folds]
+            found.append(
+                self._judged(self._texts(whole), [self._texts(p) for p in parts], [table[:, p] for p in parts])
+            )
+        return found
+
+    def _judged(
+        self, words: tuple[str, ...], fold_words: Sequence[tuple[str, ...]], scores: Sequence[Floats]
+    ) -> Judged:
+        losses = np.zeros(len(self.labels))
+        truth = np.array(self.labels)
+        for (keep, out), table in zip(self.folds, scores, strict=True):
+            bias = balanced(table[keep], truth[keep].tolist())
+            losses[out] = -np.log(probabilities(table[out] + bias)[range(len(out)), truth[out]])
+        return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
+
+    def _learnt(self, table: Floats, rows: Sequence[int]) -> list[int]:
+        names = [ids[0] for ids in self.encoder.label_ids]
+        return learnt_words(table[list(rows)], [self.labels[i] for i in rows], names, self._usable)
+
+    def _usable(self, token: int) -> bool:
+        word = self._text(token)
+        return len(word) >= LETTERS and word.isalpha() and self.encoder.target_ids(word)[:-1] == (token,)
+
+    def _text(self, token: int) -> str:
+        return str(self.backbone.tokenizer.decode([token])).strip()
+
+    def _texts(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        names = [ids[0] for ids in self.encoder.label_ids]
+        return tuple(
+            name if token == first else self._text(token)
+            for name, token, first in zip(self.task.words, tokens, names, strict=True)
+        )
