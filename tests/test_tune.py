@@ -198,8 +198,13 @@ def test_out_of_fold_scores_are_those_of_a_training_without_the_fold(
     trials = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mine = [t for t in trials if t["rung"] == 0 and t["method"] == "prompt-tuning"]
     keep, out = k_folds([r["label"] for r in DATA], 2, 0)[0]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(DATA[i]) + "\n" for i in keep))
+    wording = json.loads((run / "search" / "wording.json").read_text())
+    words = dict(zip(("complaint", "no complaint"), wording["fold_words"][0], strict=True))
     again = foreword.train(
-        model=str(model_folder), data=[DATA[i] for i in keep], text="text", label="label", out=tmp_path / "again",
+        model=str(model_folder), out=tmp_path / "again",
+        data={"path": str(rows), "template": wording["template"], "label": "label", "label_words": words},
         quiet=True, prompt={"virtual_tokens": 4, "init": mine[0]["init"]},
         train={"epochs": mine[0]["epochs"], "batch_size": 4, "lr": mine[0]["lr"], "seed": 0},
     )  # fmt: skip
@@ -317,6 +322,7 @@ def test_optuna_searches_too(model_folder: Path, tmp_path: Path) -> None:
         (("tune.methods=[cpt]",), "cpt has a start of its own"),
         (("tune.virtual_tokens=[8, 8]",), "tune.virtual_tokens is [8, 8]"),
         (("tune.sampler=grid",), "tune.sampler is 'grid'"),
+        (("tune.wording=mine",), "tune.wording is 'mine'"),
         (("tune.lr_factors=[0]",), "factors are more than 0"),
         (("tune.ray=local", "train.parallel=ddp=1"), "on Ray or spread, not both"),
         (("tune.ray=local", "tune.ray_workers=-1"), "-1 workers"),

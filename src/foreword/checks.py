@@ -51,6 +51,7 @@ CHOICES = {
     "train.autocast": ("auto", "on", "off"),
     "train.engine": ("auto", "eager", "graph", "compile"),
     "tune.sampler": ("list", "optuna"),
+    "tune.wording": ("auto", "given"),
 }
 
 
@@ -125,7 +126,6 @@ def check_tune(recipe: Recipe) -> None:
     _need(tune.ray_workers >= 0, "tune.ray_workers", f"{tune.ray_workers} workers", "give 0 or more")
     _need(not (tune.ray and recipe.train.parallel), "tune.ray", "trainings are on Ray or spread, not both", "keep one")
     _need(tune.rows >= tune.folds, "tune.rows", f"{tune.rows} rows cannot be parted in {tune.folds}", "tune.rows=512")
-    _need(tune.wording in ("auto", "given"), "tune.wording", f"tune.wording={tune.wording}", "auto or given")
     _need(tune.folds >= 2, "tune.folds", f"{tune.folds} folds leave nothing out", "tune.folds=3")
     _need(tune.members >= 1, "tune.members", f"an ensemble of {tune.members}", "tune.members=1 is a single one")
     limits = [x for x in (tune.minutes, tune.trainings) if x]
