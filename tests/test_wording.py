@@ -130,6 +130,14 @@ def test_rows_left_out_have_no_part_in_a_folds_words() -> None:
         assert not np.allclose(a.losses[out], b.losses[out])
 
 
+def test_rows_of_many_classes_teach_no_words() -> None:
+    rows = [{"text": f"word {i}", "label": f"class {i // 2}"} for i in range(8)]
+    splits = splits_of(rows)
+    found = compared(tiny.backbone(dtype=torch.float32), splits.task, splits.train, folds_of(rows), BOTH)
+    assert {j.wording.words for j in found} == {splits.task.words}
+    assert len(found) == 1 + len(CLOSINGS)
+
+
 def judged(template: str, words: tuple[str, ...], losses: Sequence[float]) -> Judged:
     return Judged(Wording(template, words, (words,)), np.array(losses))
 

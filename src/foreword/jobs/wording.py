@@ -31,11 +31,11 @@ ROWS = 128
 """Most rows that are looked at."""
 LETTERS = 3
 """Least length of a learnt word."""
-
 SHOWN = 6
 """Most label words of a wording on the terminal."""
 ERRORS = 1.0
 """Standard errors that learnt words must be better by: names carry what their writer knows."""
+
 Fold = tuple[list[int], list[int]]
 
 
@@ -169,9 +169,9 @@ class _Trial:
             table = next_logprobs(self.backbone, [e.context for e in self.examples])
             whole = self._learnt(table, range(len(self.labels)))
             parts = [self._learnt(table, keep) for keep, _ in self.folds]
-            found.append(
-                self._judged(self._texts(whole), [self._texts(p) for p in parts], [table[:, p] for p in parts])
-            )
+            words, fold_words = self._texts(whole), [self._texts(p) for p in parts]
+            if words != self.task.words:  # else there are too few rows of each class to learn any
+                found.append(self._judged(words, fold_words, [table[:, p] for p in parts]))
         return found
 
     def _judged(
