@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import foreword
 import tiny
-from conftest import ROWS
+from conftest import ROWS, Cli
 from foreword.config import DataConfig
 from foreword.data.splits import k_folds
 from foreword.data.template import parse, with_closing
@@ -184,7 +184,7 @@ def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: P
     assert {p.label for p in made.predict([r["text"] for r in DATA])} <= set(CLASSES)
 
 
-def test_what_somebody_wrote_stays(model_folder: Path, tmp_path: Path) -> None:
+def test_what_somebody_wrote_stays(cli: Cli, model_folder: Path, tmp_path: Path) -> None:
     template = "Tweet : {text} It is a"
     tuned(model_folder, tmp_path / "template", {}, template=template, text=None)
     assert task_of(tmp_path / "template")["template"] == template
@@ -198,3 +198,6 @@ def test_what_somebody_wrote_stays(model_folder: Path, tmp_path: Path) -> None:
     data = {"path": str(rows), "text": "text", "label": "label", "label_words": words}
     tuned(model_folder, tmp_path / "words", {}, data=data, text=None, label=None)
     assert task_of(tmp_path / "words")["words"] == ["you", "dog"]
+    said = cli("show", tmp_path / "words")[1]
+    assert "classes      complaint, no complaint\nlabel words  you, dog" in said
+    assert "label words" not in cli("show", tmp_path / "all")[1]

@@ -13,6 +13,8 @@ from foreword.cli.options import command
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from foreword.records import Task
+
 
 def show(run: Annotated[str, typer.Argument(help="Run or adapter folder, or hub id.")]) -> None:
     """Show a run: task, backbone, scores beside their baselines, files."""
@@ -44,9 +46,7 @@ def print_run(folder: Path, console: Console) -> None:
         "folder": f"{folder} ({weights.name} {weights.stat().st_size:,} bytes)",
     }
     if sidecar:
-        facts["template"] = sidecar.task.template
-        if sidecar.task.classifies:
-            facts["classes"] = ", ".join(sidecar.task.classes)
+        facts.update(_task_facts(sidecar.task))
         seconds, steps = sidecar.training.get("seconds"), sidecar.training.get("steps")
         if "how" in sidecar.training:
             facts["made"] = f"{sidecar.training['how']} from {', '.join(sidecar.training['from'])}"
@@ -74,8 +74,7 @@ def print_ensemble(folder: Path, console: Console) -> None:
     members, sidecar = members_of(folder), read_sidecar(folder)
     facts: dict[str, Any] = {"ensemble": f"{len(members)} soft prompts, label probabilities averaged", "folder": folder}
     if sidecar:
-        facts["backbone"], facts["template"] = sidecar.backbone["name"], sidecar.task.template
-        facts["classes"] = ", ".join(sidecar.task.classes)
+        facts.update({"backbone": sidecar.backbone["name"], **_task_facts(sidecar.task)})
     if (folder / REPORT).is_file():
         facts["report"] = folder / REPORT
     _print_facts(facts, console)
@@ -92,6 +91,16 @@ def print_ensemble(folder: Path, console: Console) -> None:
         console.print(f"{line} (cross-validated on the {expected['n']} training rows)", highlight=False, markup=False,
                       soft_wrap=True)  # fmt: skip
     _print_next(folder, True, console, ensemble=True)
+
+
+def _task_facts(task: Task) -> dict[str, str]:
+    """A template's line ends as ``\\n``; label words where they are not the classes' names."""
+    facts = {"template": task.template.replace("\n", "\\n")}
+    if task.classifies:
+        facts["classes"] = ", ".join(task.classes)
+    if any(word != name.replace("_", " ") for word, name in zip(task.words, task.classes, strict=True)):
+        facts["label words"] = ", ".join(task.words)
+    return facts
 
 
 def _print_facts(facts: Mapping[str, Any], console: Console) -> None:
