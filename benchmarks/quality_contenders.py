@@ -226,7 +226,7 @@ def context(job: Job) -> dict[str, Answer]:
 
 
 def tune(job: Job) -> dict[str, Answer]:
-    """``foreword tune`` on the rows alone, its wording its own: its ensemble and its best member, with what it expects."""
+    """``foreword tune`` on the rows alone, in its own wording: ensemble and best member, with what it expects."""
     out, bench = job.folder / "tune", job.bench
     foreword.tune(
         model=bench.keys, data=job.split.train, text="text", label="label", out=out,
