@@ -21,7 +21,8 @@ from conftest import ROWS, Cli
 from foreword.config import DataConfig
 from foreword.data.splits import k_folds
 from foreword.data.template import parse, with_closing
-from foreword.evaluation.words import LEAST_ROWS, balanced, learnt_words, next_logprobs, probabilities
+from foreword.evaluation.scoring import softmax
+from foreword.evaluation.words import LEAST_ROWS, balanced, learnt_words, next_logprobs
 from foreword.jobs.data import read_splits
 from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, chosen, compared, thinned
 
@@ -67,7 +68,7 @@ def test_a_class_of_few_rows_keeps_its_name_and_nobody_else_takes_it() -> None:
 def test_with_its_bias_a_class_is_predicted_as_often_as_it_comes(seed: int, rows: int, classes: int) -> None:
     """Where the likelihood is largest the mean probabilities are the frequencies, each counted half once more."""
     scores, labels = tables(seed, rows, classes)
-    found = probabilities(scores + balanced(scores, labels)).mean(0)
+    found = softmax(scores + balanced(scores, labels)).mean(0)
     counts = np.bincount(labels, minlength=classes) + 0.5
     np.testing.assert_allclose(found, counts / counts.sum(), atol=0.02)
 
@@ -165,10 +166,16 @@ def test_some_rows_of_many_are_looked_at_of_every_fold_its_share() -> None:
 
 
 def tuned(model: Path, out: Path, tune: dict[str, Any], **more: Any) -> Any:
-    given_tune = {"minutes": 0, "trainings": 3, "members": 1, "folds": 2, "methods": ("prompt-tuning",), **tune}
-    given_tune = {"lr_factors": (1.0,), "virtual_tokens": (2,), **given_tune}
+    small = {"minutes": 0, "trainings": 3, "members": 1, "folds": 2, "lr_factors": (1.0,), "virtual_tokens": (2,)}
     rest = {"text": "text", "data": DATA, "label": "label", **more}
-    return foreword.tune(model=str(model), out=out, quiet=True, tune=given_tune, train={"epochs": 1}, **rest)
+    return foreword.tune(
+        model=str(model),
+        out=out,
+        quiet=True,
+        tune={**small, "methods": ("prompt-tuning",), **tune},
+        train={"epochs": 1},
+        **rest,
+    )
 
 
 def task_of(run: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from foreword.config import DataConfig
 from foreword.data.labels import UNLABELLED, is_missing
-from foreword.data.template import require_columns
+from foreword.data.template import escaped, require_columns
 from foreword.errors import ForewordError
 from foreword.records import Row, Table
 
@@ -40,7 +40,7 @@ class RaftTask:
     def template(self) -> str:
         """Every input column with its name before it. None is marked as cut, so the longest gives way first."""
         between = " " if len(self.columns) == 1 else "\n"
-        return between.join([*(f"{_literal(c)} : {{{c}}}" for c in self.columns), f"{_literal(self.label)} :"])
+        return between.join([*(f"{escaped(c)} : {{{c}}}" for c in self.columns), f"{escaped(self.label)} :"])
 
     def file(self, split: str) -> Path:
         """Where a split's rows lie."""
@@ -151,10 +151,6 @@ def _check_ids(ids: Sequence[str], where: str) -> None:
 
 def _plain(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").split())
-
-
-def _literal(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _shape() -> str:

@@ -119,7 +119,7 @@ def default_template(column: str) -> str:
 def with_closing(source: str, closing: str) -> str:
     """The template with another text behind its last column; places for virtual tokens there stay."""
     parts = parse(source).parts
-    return "".join(map(_written, parts[:-1] if isinstance(parts[-1], str) else parts)) + _written(closing)
+    return "".join(map(_written, parts[:-1] if isinstance(parts[-1], str) else parts)) + escaped(closing)
 
 
 def _written(part: str | Field | Soft) -> str:
@@ -127,7 +127,12 @@ def _written(part: str | Field | Soft) -> str:
         return f"{{soft:{part.tokens}}}"
     if isinstance(part, Field):
         return "{" + "|".join(filter(None, (part.column, part.cut))) + "}"
-    return part.replace("{", "{{").replace("}", "}}")
+    return escaped(part)
+
+
+def escaped(text: str) -> str:
+    """A text as a template has it: its braces doubled."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def require_columns(wanted: Sequence[str], there: Sequence[str], where: str) -> None:

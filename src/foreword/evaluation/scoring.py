@@ -122,7 +122,11 @@ def _score_own(
 
 def class_probabilities(scores: BranchScores, with_end: bool) -> Floats:
     """Label probabilities ``[n, C]``: the softmax over the classes' log-likelihoods."""
-    values = scores.full if with_end else scores.words
+    return softmax(scores.full if with_end else scores.words)
+
+
+def softmax(values: Floats) -> Floats:
+    """Probabilities ``[n, C]`` in proportion to the exponentials."""
     shifted = np.exp(values - values.max(1, keepdims=True))
     probabilities: Floats = shifted / shifted.sum(1, keepdims=True)
     return probabilities

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from foreword.backbone.load import Backbone
+from foreword.evaluation.scoring import Floats, softmax
 
-Floats = NDArray[np.float64]
 LIKELY = 200
 """Words looked at for a class: the likeliest behind its rows."""
 LEAST_ROWS = 3
@@ -74,12 +73,5 @@ def balanced(scores: Floats, labels: Sequence[int]) -> Floats:
     wanted = np.log(counts / counts.sum())
     bias = np.zeros(scores.shape[1])
     for _ in range(BALANCINGS):
-        bias += wanted - np.log(probabilities(scores + bias).mean(0))
+        bias += wanted - np.log(softmax(scores + bias).mean(0))
     return bias
-
-
-def probabilities(scores: Floats) -> Floats:
-    """The softmax over the classes ``[n, C]``."""
-    shifted = np.exp(scores - scores.max(1, keepdims=True))
-    found: Floats = shifted / shifted.sum(1, keepdims=True)
-    return found

@@ -128,7 +128,8 @@ class Workshop:
     def ready(self, candidate: Candidate, words: tuple[str, ...] = ()) -> Ready:
         """Settings, encoder and encoded training rows of its group, with the task's label words unless others."""
         words = words or self.splits.task.words
-        (method, tokens), key = group_of(candidate), (group_of(candidate), words)
+        method, tokens = group = group_of(candidate)
+        key = group, words
         if key not in self._ready:
             prompt = replace(self.recipe.prompt, method=method, virtual_tokens=tokens)
             task = replace(self.splits.task, words=words)

@@ -19,7 +19,8 @@ from foreword.config import DataConfig, Recipe
 from foreword.data.raft import is_task, read_task
 from foreword.data.template import default_template, with_closing
 from foreword.evaluation.evaluate import run_plain
-from foreword.evaluation.words import Floats, balanced, learnt_words, next_logprobs, probabilities
+from foreword.evaluation.scoring import Floats, softmax
+from foreword.evaluation.words import balanced, learnt_words, next_logprobs
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
@@ -156,7 +157,9 @@ class _Trial:
         self.folds = [([place[i] for i in keep], [place[i] for i in out]) for keep, out in folds]
         self.encoder = make_encoder(task, backbone, 0)
         self.examples = self.encoder.examples(table.pick(rows))
-        self.labels = [e.label if e.label is not None else 0 for e in self.examples]
+        self.labels = [e.label or 0 for e in self.examples]
+        self.names = [ids[0] for ids in self.encoder.label_ids]
+        """First token of each class's words as given."""
 
     def wordings(self, learnt: bool) -> list[Judged]:
         """Each, judged."""
@@ -181,12 +184,11 @@ class _Trial:
         truth = np.array(self.labels)
         for (keep, out), table in zip(self.folds, scores, strict=True):
             bias = balanced(table[keep], truth[keep].tolist())
-            losses[out] = -np.log(probabilities(table[out] + bias)[range(len(out)), truth[out]])
+            losses[out] = -np.log(softmax(table[out] + bias)[range(len(out)), truth[out]])
         return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
 
     def _learnt(self, table: Floats, rows: Sequence[int]) -> list[int]:
-        names = [ids[0] for ids in self.encoder.label_ids]
-        return learnt_words(table[list(rows)], [self.labels[i] for i in rows], names, self._usable)
+        return learnt_words(table[list(rows)], [self.labels[i] for i in rows], self.names, self._usable)
 
     def _usable(self, token: int) -> bool:
         word = self._text(token)
@@ -196,8 +198,7 @@ class _Trial:
         return str(self.backbone.tokenizer.decode([token])).strip()
 
     def _texts(self, tokens: Sequence[int]) -> tuple[str, ...]:
-        names = [ids[0] for ids in self.encoder.label_ids]
         return tuple(
             name if token == first else self._text(token)
-            for name, token, first in zip(self.task.words, tokens, names, strict=True)
+            for name, token, first in zip(self.task.words, tokens, self.names, strict=True)
         )
