@@ -22,7 +22,10 @@ from foreword.serving.engine import Capabilities, EngineDown, EngineRefused, Req
 
 SOON = 60.0
 """Seconds after which a test gives up waiting."""
-TASK = Task("Tweet text : {text} Label :", " ", "label", ("complaint", "praise"), ("complaint", "thank you"))
+BIASES = (0.9, -0.4)
+TASK = Task(
+    "Tweet text : {text} Label :", " ", "label", ("complaint", "praise"), ("complaint", "thank you"), biases=BIASES
+)
 TOKENS = 4
 NBYTES = TOKENS * tiny.HIDDEN * 4
 GEOMETRY = Geometry(layers=2, heads=2, head_dim=8)

@@ -211,6 +211,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         with_sidecar(task={**dataclasses.asdict(SIDE.task), "words": ["one"]}),
         "damaged sidecar",
     ),
+    "sidecar with fewer biases than classes": (
+        with_sidecar(task={**dataclasses.asdict(SIDE.task), "biases": [0.5]}),
+        "damaged sidecar",
+    ),
+    "sidecar with a bias that is none": (
+        with_sidecar(task={**dataclasses.asdict(SIDE.task), "biases": [float("nan")] * len(SIDE.task.classes)}),
+        "damaged sidecar",
+    ),
     "newer sidecar": (with_sidecar(format=2), "sidecar format 2, this Foreword reads 1"),
 }
 

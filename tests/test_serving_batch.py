@@ -45,7 +45,9 @@ from foreword.serving.results import Results, open_results, partial_of
 from foreword.serving.store import Store
 from foreword.serving.text import open_base
 
-TWO = Task("{text} Label :", " ", "Label", ("complaint", "no complaint"), ("complaint", "no complaint"))
+TWO = Task(
+    "{text} Label :", " ", "Label", ("complaint", "no complaint"), ("complaint", "no complaint"), biases=(0.7, -0.7)
+)
 THREE = Task("Tweet : {text} by {who} :", " ", "kind", ("question", "praise", "neutral"), ("question", "praise", "fox"))
 FREE = Task("{text} and", " ", "rest")
 NAMES = ("complaints", "topics", "prefix", "several")

@@ -62,7 +62,10 @@ class Library:
         prompt = self.prompt(name)
         encoder = self.encoder(prompt, task)
         contexts = [encoder.context_ids(row, 400, 1, "") for row in rows]
-        return classify(self.backbone, prompt, contexts, encoder.label_ids, "rows")
+        odds = classify(self.backbone, prompt, contexts, encoder.label_ids, "rows")
+        if name and task.biases:
+            odds = odds * np.exp(task.biases)
+        return odds / odds.sum(1, keepdims=True)
 
 
 @pytest.fixture(scope="module")

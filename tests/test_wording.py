@@ -1,4 +1,4 @@
-"""The wording that ``foreword tune`` chooses: learnt label words, class biases, closings, and that no row left out has
+"""The wording that ``foreword tune`` chooses: learnt label words, closings, and that no row left out has
 a part in what it is judged by."""
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import foreword
 import tiny
@@ -21,8 +19,7 @@ from conftest import ROWS, Cli
 from foreword.config import DataConfig
 from foreword.data.splits import k_folds
 from foreword.data.template import parse, with_closing
-from foreword.evaluation.scoring import softmax
-from foreword.evaluation.words import LEAST_ROWS, balanced, learnt_words, next_logprobs
+from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
 from foreword.jobs.data import read_splits
 from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, chosen, compared, thinned
 
@@ -31,12 +28,7 @@ CLASSES = ("complaint", "no complaint")
 BOTH = Free(closing=True, words=True)
 
 
-def tables(seed: int, rows: int, classes: int) -> tuple[Any, list[int]]:
-    rng = np.random.default_rng(seed)
-    return rng.normal(0, 2, (rows, classes)), rng.integers(0, classes, rows).tolist()
-
-
-# --- words and biases ---------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
 
 def spoken(labels: Sequence[int], said: dict[int, int], tokens: int = 40) -> Any:
@@ -62,15 +54,6 @@ def test_a_class_of_few_rows_keeps_its_name_and_nobody_else_takes_it() -> None:
     assert len(set(words)) == 3
     few = [0] * 8 + [1]
     assert learnt_words(spoken(few, {0: 7, 1: 30}), few, [5, 6], lambda i: True) == [5, 6]
-
-
-@given(st.integers(0, 10_000), st.integers(4, 40), st.integers(2, 6))
-def test_with_its_bias_a_class_is_predicted_as_often_as_it_comes(seed: int, rows: int, classes: int) -> None:
-    """Where the likelihood is largest the mean probabilities are the frequencies, each counted half once more."""
-    scores, labels = tables(seed, rows, classes)
-    found = softmax(scores + balanced(scores, labels)).mean(0)
-    counts = np.bincount(labels, minlength=classes) + 0.5
-    np.testing.assert_allclose(found, counts / counts.sum(), atol=0.02)
 
 
 def test_the_next_tokens_are_those_of_a_plain_forward_pass() -> None:

@@ -210,6 +210,9 @@ class TuneConfig:
     wording: str = "auto"
     """auto: before the search, choose on the training rows what the model says for a class (unless data.label_words
     says it) and what stands before it (unless data.template does); given: leave both as they are."""
+    biases: bool = True
+    """Give each class a bias, fitted on the rows left out, that Foreword adds wherever classes are compared (PEFT and
+    vLLM by themselves know none)."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

@@ -89,6 +89,8 @@ class Task:
     """Names of integer labels by value, hidden ones such as "Unlabeled" included; may be empty."""
     placement: str = "front"
     """Where virtual tokens stand, if the template does not say it: front, after-bos or end."""
+    biases: tuple[float, ...] = ()
+    """Added to the log-probability of each class, in nats, before the classes are compared; empty: none."""
 
     @property
     def classifies(self) -> bool:

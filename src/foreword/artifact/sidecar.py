@@ -13,6 +13,8 @@ from foreword.records import Task
 
 SIDECAR = "foreword.json"
 FORMAT = 1
+MOST_BIAS = 100.0
+"""Nats; beyond there are only damaged ones."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def _task(stored: Mapping[str, Any]) -> Task:
     classes, words = tuple(map(str, stored["classes"])), tuple(map(str, stored["words"]))
     if len(classes) != len(words):
         raise ValueError(f"{len(classes)} classes, {len(words)} label words")
+    biases = tuple(map(float, stored.get("biases", ())))
+    if biases and (len(biases) != len(classes) or not all(abs(b) <= MOST_BIAS for b in biases)):
+        raise ValueError(f"{len(classes)} classes, biases {list(biases)}")
     return Task(
         str(stored["template"]),
         str(stored["separator"]),
@@ -71,4 +76,5 @@ def _task(stored: Mapping[str, Any]) -> Task:
         int(stored["max_length"]),
         tuple(map(str, stored["names"])),
         str(stored.get("placement", "front")),
+        biases,
     )

@@ -100,6 +100,8 @@ def _task_facts(task: Task) -> dict[str, str]:
         facts["classes"] = ", ".join(task.classes)
     if any(word != name.replace("_", " ") for word, name in zip(task.words, task.classes, strict=True)):
         facts["label words"] = ", ".join(task.words)
+    if task.biases:
+        facts["class bias"] = ", ".join(f"{b:+.2f}" for b in task.biases)
     return facts
 
 

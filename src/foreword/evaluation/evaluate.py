@@ -18,6 +18,7 @@ from foreword.evaluation.scoring import (
     Progress,
     class_probabilities,
     needs_end,
+    rebalanced,
     scaled,
     score_branches,
     silent,
@@ -45,6 +46,11 @@ class Outcome:
     """The targets of all rows with that context ``[m]``."""
     firsts: list[int] = field(default_factory=list)
     """The first row with that context ``[m]``."""
+
+    def rebalanced(self, biases: Sequence[float]) -> Outcome:
+        """The same with a bias for each class ``[C]``; a target's own log-probability stays."""
+        table = self.probabilities
+        return self if table is None else replace(self, probabilities=rebalanced(table, biases))
 
     @property
     def matches(self) -> Floats:

@@ -132,6 +132,15 @@ def softmax(values: Floats) -> Floats:
     return probabilities
 
 
+def rebalanced(probabilities: Floats, biases: Sequence[float]) -> Floats:
+    """Label probabilities ``[n, C]`` after a bias for each class ``[C]`` in nats; without any as they are."""
+    if not biases:
+        return probabilities
+    odds = probabilities * np.exp(biases)
+    found: Floats = odds / odds.sum(1, keepdims=True)
+    return found
+
+
 def needs_end(label_ids: Sequence[Sequence[int]]) -> bool:
     """Whether the end token must be counted: some label words are the beginning of others."""
     words = [tuple(ids[:-1]) for ids in label_ids]

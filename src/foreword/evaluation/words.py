@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from foreword.backbone.load import Backbone
-from foreword.evaluation.scoring import Floats, softmax
+from foreword.evaluation.scoring import Floats
 
 LIKELY = 200
 """Words looked at for a class: the likeliest behind its rows."""
@@ -21,7 +21,6 @@ LEAST_ROWS = 3
 """Rows a class needs to be given a word; one with fewer keeps its name."""
 FLOOR = 0.3
 """Added to a word's spread over the rows, in nats, so that few rows which agree by chance prove little."""
-BALANCINGS = 50
 
 
 def next_logprobs(backbone: Backbone, contexts: Sequence[Sequence[int]]) -> Floats:
@@ -60,18 +59,3 @@ def learnt_words(
             words[c] = found[int(score.argmax())]
             taken.add(words[c])
     return words
-
-
-def balanced(scores: Floats, labels: Sequence[int]) -> Floats:
-    """A bias for each class ``[C]`` with which the classes are predicted as often as they come (by iterated scaling).
-
-    Args:
-        scores: log-probabilities ``[n, C]``.
-        labels: class index of each row.
-    """
-    counts = np.bincount(labels, minlength=scores.shape[1]) + 0.5
-    wanted = np.log(counts / counts.sum())
-    bias = np.zeros(scores.shape[1])
-    for _ in range(BALANCINGS):
-        bias += wanted - np.log(softmax(scores + bias).mean(0))
-    return bias

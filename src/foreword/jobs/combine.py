@@ -90,7 +90,8 @@ def _common_task(first: Foreword, adapters: Sequence[Adapter], names: Sequence[s
     for name, other in zip(names[1:], others, strict=True):
         if other.adapter.sidecar and _wording(other.task) != _wording(first.task):
             log.info("%s has another template or other label words; those of %s are kept", name, names[0])
-    return _unplaced(first) if how == "concatenate" else first.task
+    task = _unplaced(first) if how == "concatenate" else first.task
+    return replace(task, biases=())  # they are of the first one's values
 
 
 def _beside(first: Foreword, adapter: Adapter) -> Foreword:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Ensemble:
         """Members that can share passes: of one kind, size and wording."""
         groups: dict[Any, list[Foreword]] = {}
         for member in self.members:
-            groups.setdefault((member.prompt.kind, member.prompt.tokens, member.task), []).append(member)
+            wording = replace(member.task, biases=())
+            groups.setdefault((member.prompt.kind, member.prompt.tokens, wording), []).append(member)
         return list(groups.values())
 
     def generate(self, rows: Sequence[Row | str], sampling: Any = None) -> list[str]:

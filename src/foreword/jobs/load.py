@@ -22,7 +22,7 @@ from foreword.data.sources import file_name, rows_table
 from foreword.data.template import parse
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, run_plain, run_rows, with_baselines
-from foreword.evaluation.scoring import Floats, classify, silent
+from foreword.evaluation.scoring import Floats, classify, rebalanced, silent
 from foreword.evaluation.together import classify_together
 from foreword.jobs.data import Source, read_labelled
 from foreword.jobs.match import check_backbone, refuse_several_tasks
@@ -77,7 +77,8 @@ class Foreword:
         with memory_explained(MEMORY_KNOB):
             label_ids = self.encoder.label_ids
             layout = self.layout([Segment(c, label_ids) for c in contexts])
-            return classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
+            table = classify(self.backbone, self.prompt, contexts, label_ids, layout, progress)
+        return rebalanced(table, self.task.biases)
 
     def generate(self, rows: Sequence[Row | str], sampling: Sampling | None = None) -> list[str]:
         """The text the model writes after each row, in order."""
@@ -115,7 +116,8 @@ class Foreword:
         """What it does on the labelled rows of a table."""
         with memory_explained(MEMORY_KNOB):
             examples, layout = self._laid_out(table)
-            return run_rows(self.backbone, self.prompt, examples, self.encoder.label_ids, layout, progress)
+            found = run_rows(self.backbone, self.prompt, examples, self.encoder.label_ids, layout, progress)
+        return found.rebalanced(self.task.biases)
 
     def plain_outcome(self, table: Table, progress: Any = silent) -> Outcome:
         """What the backbone does on them zero-shot, by the template alone."""
@@ -171,12 +173,16 @@ def predictions(classes: Sequence[str], table: Floats) -> list[Prediction]:
 
 
 def together(alike: Sequence[Foreword], rows: Sequence[Row | str]) -> list[Floats]:
-    """Probabilities ``[n, C]`` by soft prompts of one backbone, kind, size and task, in passes that they share."""
+    """Probabilities ``[n, C]`` by soft prompts of one backbone, kind and size, in passes that they share.
+
+    Their tasks differ in nothing but the biases of the classes.
+    """
     first = alike[0]
     contexts, label_ids = first.contexts(rows), first.encoder.label_ids
     with memory_explained(MEMORY_KNOB):
         layout = first.layout([Segment(c, label_ids) for c in contexts])
-        return classify_together(first.backbone, [m.prompt for m in alike], contexts, label_ids, layout)
+        tables = classify_together(first.backbone, [m.prompt for m in alike], contexts, label_ids, layout)
+    return [rebalanced(table, m.task.biases) for table, m in zip(tables, alike, strict=True)]
 
 
 def beside_baselines(used: Foreword, outcome: Outcome, table: Table, progress: Any = silent) -> dict[str, Any]:
@@ -272,7 +278,7 @@ def _task(adapter: Adapter, template: str | None, label_words: Mapping[str, str]
     task = adapter.sidecar.task
     if template is not None:
         parse(template)
-        task = replace(task, template=template)
+        task = replace(task, template=template, biases=())  # those are of the other question
     if words:
-        task = replace(task, classes=tuple(words), words=tuple(words.values()))
+        task = replace(task, classes=tuple(words), words=tuple(words.values()), biases=())
     return task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def _before(
     if data is not None:
         scored = [Scored(f"{source} on {own.name}", made.evaluate(data, split, progress=progress))]
     embeddings = embedded(own, [mine for mine, _ in pairs])
-    return _Before(made.adapter.prompt, made.task, embeddings, [theirs for _, theirs in pairs], facts, scored)
+    task = replace(made.task, biases=())  # they are of that backbone
+    return _Before(made.adapter.prompt, task, embeddings, [theirs for _, theirs in pairs], facts, scored)
 
 
 def _vocabulary(tokenizer: Any, rows: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
+from foreword.evaluation.biases import class_biases, cross_biased
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
 from foreword.evaluation.together import averaged
@@ -59,11 +61,19 @@ class Trial:
     """Folds of this rung."""
     seconds: float
     """Of this rung."""
+    biased: bool
+    """Whether classes have biases, which rows left out teach."""
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """All folds pooled, each row with biases of the classes that were fitted without it."""
+        found = pooled(self.folds)
+        return cross_biased(found) if self.biased else found
 
     @property
-    def outcome(self) -> Outcome:
-        """All folds pooled."""
-        return pooled(self.folds)
+    def biases(self) -> tuple[float, ...]:
+        """Of the classes, by all folds."""
+        return class_biases(pooled(self.folds)) if self.biased else ()
 
     @property
     def loss(self) -> float:
@@ -281,7 +291,8 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0)
+        biased = self.recipe.tune.biases
+        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, biased)
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
@@ -332,7 +343,7 @@ class _Search:
             for i, weights in zip(indices, done.weights, strict=True):
                 kept = self.workshop.method(*picked[i])
                 kept.load_state_dict(weights)
-                made[i] = Made(*picked[i], kept, done.figures)
+                made[i] = Made(*picked[i], found[chosen[i]].biases, kept, done.figures)
         return [made[i] for i in range(len(picked))]
 
     def _shared(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ TUNED = "tune.json"
 
 @dataclass(frozen=True)
 class Made:
-    """A member: the candidate it is of, its seed, what was trained, and what the training took."""
+    """A member: the candidate it is of, its seed and classes' biases, what was trained, and what the training took."""
 
     candidate: Candidate
     seed: int
+    biases: tuple[float, ...]
     kept: Method
     figures: dict[str, Any]
 
@@ -125,7 +126,8 @@ def _held_out(workshop: Workshop, members: Sequence[Made]) -> tuple[Scored | Non
             ready, layout = workshop.ready(made.candidate), workshop.layout(made.candidate).score
             rows = ready.encoder.examples(splits.held_out)
             prompt = made.kept.soft_prompt()
-            outcomes.append(run_rows(workshop.backbone, prompt, rows, ready.encoder.label_ids, layout, progress))
+            outcome = run_rows(workshop.backbone, prompt, rows, ready.encoder.label_ids, layout, progress)
+            outcomes.append(outcome.rebalanced(made.biases))
     candidate = members[0].candidate
     encoder = workshop.ready(candidate).encoder
     rows, outcome = encoder.examples(splits.held_out), averaged(outcomes)
@@ -153,7 +155,7 @@ def _counts(workshop: Workshop) -> list[int]:
 def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, Any]) -> None:
     """A valid adapter folder by itself."""
     backbone, kept, ready = workshop.backbone, made.kept, workshop.ready(made.candidate)
-    task = workshop.splits.task
+    task = replace(workshop.splits.task, biases=made.biases)
     text = (ready.prompt.init_text or instruction(task)) if made.candidate.init == "text" else None
     adapter = peft_config(
         kept.peft_type, kept.stored(), model_config=backbone.config, base=backbone.name, revision=backbone.revision,

@@ -18,9 +18,10 @@ from foreword.backbone.load import Backbone
 from foreword.config import DataConfig, Recipe
 from foreword.data.raft import is_task, read_task
 from foreword.data.template import default_template, with_closing
+from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.evaluate import run_plain
 from foreword.evaluation.scoring import Floats, softmax
-from foreword.evaluation.words import balanced, learnt_words, next_logprobs
+from foreword.evaluation.words import learnt_words, next_logprobs
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
@@ -183,8 +184,8 @@ class _Trial:
         losses = np.zeros(len(self.labels))
         truth = np.array(self.labels)
         for (keep, out), table in zip(self.folds, scores, strict=True):
-            bias = balanced(table[keep], truth[keep].tolist())
-            losses[out] = -np.log(softmax(table[out] + bias)[range(len(out)), truth[out]])
+            biases = fitted_biases(table[keep], truth[keep].tolist(), PLAIN)
+            losses[out] = -np.log(softmax(table[out] + biases)[range(len(out)), truth[out]])
         return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
 
     def _learnt(self, table: Floats, rows: Sequence[int]) -> list[int]:

@@ -116,7 +116,11 @@ def _classes(sidecar: Sidecar) -> list[str]:
     if not task.classifies:
         return []
     rows = [f"| {_cell(c)} | {_cell(_code(w))} |" for c, w in zip(task.classes, task.words, strict=True)]
-    return ["| class | label words |", "|---|---|", *rows, ""]
+    if not task.biases:
+        return ["| class | label words |", "|---|---|", *rows, ""]
+    rows = [f"{row} {bias:+.3f} |" for row, bias in zip(rows, task.biases, strict=True)]
+    note = "Foreword adds the bias (nats) to the log-probability of the label words; PEFT by itself does not."
+    return ["| class | label words | bias |", "|---|---|---|", *rows, "", note, ""]
 
 
 def _scores(scores: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foreword.data.labels import is_missing, require_text
 from foreword.data.template import require_columns
 from foreword.errors import ForewordError, nearest
-from foreword.evaluation.scoring import scored_branches
+from foreword.evaluation.scoring import rebalanced, scored_branches, softmax
 from foreword.jobs.load import Prediction
 from foreword.records import Table
 from foreword.serving.engine import (
@@ -223,8 +223,8 @@ class Batch:
         branches = tuple(map(tuple, scored_branches(member.reader.label_ids)))
         request = ScoreRequest(f"row-{index}-{member.key}", self._ids(member, index), branches, member.key)
         scores = np.asarray(await self.engine.score(request))
-        shifted = np.exp(scores - scores.max())
-        return np.asarray(shifted / shifted.sum())
+        (found,) = rebalanced(softmax(scores[None]), member.reader.biases)
+        return np.asarray(found)
 
     def _ids(self, member: Member, index: int) -> tuple[int, ...]:
         table = self.rows.table

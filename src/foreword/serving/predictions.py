@@ -16,7 +16,7 @@ from dataclasses import asdict
 from foreword.artifact.folder import weights_bytes
 from foreword.backbone.choose import Layout, choose_layout
 from foreword.errors import ForewordError
-from foreword.evaluation.scoring import Floats, classify
+from foreword.evaluation.scoring import Floats, classify, rebalanced
 from foreword.jobs.load import MEMORY_KNOB, Foreword, Prediction
 from foreword.jobs.prepare import memory_explained
 from foreword.records import Segment
@@ -99,7 +99,8 @@ class Predictor:
         """Of the classes ``[n, C]``."""
         contexts = member.encoder.contexts(self.rows.table.pick(indices))
         layout = self._layout(member, contexts)
-        return classify(member.backbone, member.prompt, contexts, member.encoder.label_ids, layout, progress)
+        table = classify(member.backbone, member.prompt, contexts, member.encoder.label_ids, layout, progress)
+        return rebalanced(table, member.task.biases)
 
     def _layout(self, member: Foreword, contexts: Sequence[tuple[int, ...]]) -> Layout:
         """Proved on the first rows of each kind of soft prompt."""

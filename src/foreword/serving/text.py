@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,11 @@ class Reader:
         return self._encoder.label_ids
 
     @property
+    def biases(self) -> tuple[float, ...]:
+        """Of the classes, in nats; empty: none."""
+        return self.task.biases if self.task else ()
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the template reads."""
         return self._encoder.columns
@@ -221,7 +226,8 @@ class Reader:
     def plain(self) -> Reader:
         """The same template and label words for the plain model, without virtual tokens."""
         if self._plain is None:
-            self._plain = self._base.reader(self.task)
+            task = replace(self.task, biases=()) if self.task else None  # they are the soft prompt's
+            self._plain = self._base.reader(task)
         return self._plain
 
     def _only_column(self) -> str:

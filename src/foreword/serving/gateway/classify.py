@@ -37,18 +37,19 @@ class Judge:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Label words' log-probabilities ``[inputs, classes]`` of one judge, and tokens it read."""
+    """Label words' log-probabilities ``[inputs, classes]`` of one judge, its biases, and tokens it read."""
 
     logprobs: Floats
+    biases: tuple[float, ...]
     tokens: int
     virtual: int
 
     @property
     def probabilities(self) -> Floats:
-        """Their softmax."""
-        from foreword.evaluation.scoring import BranchScores, class_probabilities
+        """Of the classes."""
+        from foreword.evaluation.scoring import rebalanced, softmax
 
-        return class_probabilities(BranchScores(self.logprobs, self.logprobs), with_end=True)
+        return rebalanced(softmax(self.logprobs), self.biases)
 
 
 async def classify(gateway: Gateway, body: ClassifyRequest, call: Call) -> Response:
@@ -111,7 +112,7 @@ async def _verdict(gateway: Gateway, judge: Judge, rows: Sequence[str | Row], ca
 
     scores = await all_of(gateway.engine.score(request(ids)) for ids in contexts)
     read = sum(map(len, contexts)) + judge.unseen * len(contexts)
-    return Verdict(np.array(scores), read, judge.tokens * len(contexts))
+    return Verdict(np.array(scores), judge.reader.biases, read, judge.tokens * len(contexts))
 
 
 def _answer(body: ClassifyRequest, classes: Sequence[str], verdicts: Sequence[Verdict], i: int) -> Classified:

@@ -1,0 +1,75 @@
+"""A bias for each class, added to its log-probability: on few rows a model leans to one class more than it errs.
+
+The maximum of the posterior of a logistic regression that has intercepts alone, with the label words' log-probabilities
+as offsets. After Zhao et al. 2021 (arXiv 2102.09690), who fit biases without labelled rows, and King & Zeng 2001
+("Logistic Regression in Rare Events Data", prior correction).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from foreword.evaluation.evaluate import Outcome
+from foreword.evaluation.scoring import Floats, rebalanced, softmax
+
+TRAINED, PLAIN = 1.0, 5.0
+"""Standard deviations of a bias before a row is seen, in nats: of a soft prompt, and of the plain model, which may lean
+to a class by any amount. On 12 trainings of 50 rows each deviation from 0.5 to 5 lowers the loss alike, and none of
+12 losses rises by more than 0.01."""
+STEPS, SETTLED = 2000, 1e-6
+"""Most steps of a fit, and nats of a step that is the last."""
+PARTS = 5
+"""Of rows that are each left out once."""
+SMALLEST = 1e-30
+"""Probability that a logarithm is taken of, at least."""
+
+
+def fitted_biases(scores: Floats, labels: Sequence[int], deviation: float = TRAINED) -> Floats:
+    """The likeliest biases ``[C]`` of classes, in nats; they sum to 0.
+
+    Args:
+        scores: log-probabilities ``[n, C]``, up to a constant a row, by who was not trained on these rows.
+        labels: class index of each row.
+        deviation: of the normal distribution that a bias is drawn from.
+    """
+    counts = np.bincount(labels, minlength=scores.shape[1])
+    biases = np.zeros(scores.shape[1])
+    # No second derivative is above this (Böhning 1992), so that no step leads downhill.
+    steepest = len(scores) / 2 + deviation**-2
+    for _ in range(STEPS):
+        step = (counts - softmax(scores + biases).sum(0) - biases / deviation**2) / steepest
+        biases += step
+        if np.abs(step).max() < SETTLED:
+            break
+    return biases
+
+
+def class_biases(outcome: Outcome) -> tuple[float, ...]:
+    """The biases of a classifier by its outcome on rows that it was not trained on; none of free text."""
+    if outcome.probabilities is None:
+        return ()
+    return tuple(fitted_biases(_logarithms(outcome.probabilities), outcome.truth).tolist())
+
+
+def cross_biased(outcome: Outcome) -> Outcome:
+    """The outcome with biases: those of a row are fitted without it, on four fifths of the rows.
+
+    The parts have the classes' shares. Free text stays as it is.
+    """
+    table = outcome.probabilities
+    if table is None:
+        return outcome
+    truth, found = np.array(outcome.truth), table.copy()
+    part = np.argsort(np.argsort(truth, kind="stable"), kind="stable") % PARTS
+    for out in (part == k for k in range(PARTS)):
+        biases = fitted_biases(_logarithms(table[~out]), truth[~out].tolist())
+        found[out] = rebalanced(table[out], biases.tolist())
+    return replace(outcome, probabilities=found)
+
+
+def _logarithms(probabilities: Floats) -> Floats:
+    found: Floats = np.log(np.maximum(probabilities, SMALLEST))
+    return found
