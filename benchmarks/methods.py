@@ -1,9 +1,9 @@
 """Every method on the same rows under one budget of steps: docs/methods.md is made from what this writes.
 
-.venv/bin/python benchmarks/methods.py --data NAME=TRAIN.csv,TEST.csv --template "Question : {text} Type :" ...
+.venv/bin/python benchmarks/methods.py --data FOLDER
 
-A data set is a name, training rows and test rows, with its own --template and --epochs in the same
-order. Rows stay where they are; only scores go into benchmarks/results.
+Data sets and draws are those of benchmarks/quality.py; a seed is another draw. Rows stay where they are; only scores
+go into benchmarks/results.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import results
 import torch
+from quality import scores
+from quality_contenders import predicted
+from quality_data import DATA, Split, splits
 
 import foreword
-from foreword.data.sources import read_table
-from foreword.evaluation.metrics import accuracy, confusion_matrix, macro_f1
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "prompt-tuning": {},
@@ -39,85 +38,62 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cartridge": {"method": "cartridge"},
 }
 """Settings of ``prompt`` by their name in the table."""
+EPOCHS = {"trec": 8, "sst2": 12}
+"""Of each data set's draws: about a hundred steps and fifty."""
 WEIGHTS = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set: names, files, template and training budget."""
-
-    name: str
-    train: Path
-    test: Path
-    template: str
-    epochs: int
-
-
-def measure(source: Source, variant: str, seed: int, model: str, label: str, tokens: int) -> dict[str, Any]:
+def measure(data: str, split: Split, variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One training, scored on the test rows."""
-    prompt = {"virtual_tokens": tokens, **VARIANTS[variant]}
+    prompt = {"virtual_tokens": args.virtual_tokens, **VARIANTS[variant]}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         task = foreword.train(
-            model=model, data=str(source.train), template=source.template, label=label, out=out, prompt=prompt,
-            train={"epochs": source.epochs, "seed": seed},
+            model={"id": args.model, "dtype": args.dtype}, data=split.train, template=DATA[data].template,
+            label="label", out=out, prompt=prompt, train={"epochs": args.epochs or EPOCHS[data], "seed": seed},
+            quiet=True,
         )  # fmt: skip
         training = json.loads((out / "foreword.json").read_text())["training"]
         size = (out / WEIGHTS).stat().st_size
-    truth, confusion = confused(task, source.test, label)
+        labels = predicted(task, split.test)
     return {
-        "data": source.name, "variant": variant, "seed": seed, "accuracy": accuracy(confusion),
-        "macro_f1": macro_f1(confusion), "test_rows": len(truth), "steps": training["steps"], "lr": training["lr"],
-        "file_bytes": size, "trainable": training["trainable"], "virtual_tokens": task.prompt.tokens,
-        "read_each_time": task.prompt.virtual_ids, "peft_type": task.adapter.config["peft_type"],
-        "rows": training["rows"],
+        "data": data, "variant": variant, "seed": seed, **scores(split.test, labels), "test_rows": len(split.test),
+        "steps": training["steps"], "lr": training["lr"], "file_bytes": size, "trainable": training["trainable"],
+        "virtual_tokens": task.prompt.tokens, "read_each_time": task.prompt.virtual_ids,
+        "peft_type": task.adapter.config["peft_type"], "rows": training["rows"],
     }  # fmt: skip
-
-
-def confused(task: Any, test: Path, label: str) -> tuple[list[int], Any]:
-    """True classes of the test rows, and the confusion matrix ``[C, C]`` of the predictions."""
-    table = read_table(str(test), "test")
-    classes = task.task.classes
-    truth = [classes.index(str(row[label])) for row in table.rows]
-    said = [classes.index(p.label) for p in task.predict(table.rows)]
-    return truth, confusion_matrix(np.array(truth), np.array(said), len(classes))
 
 
 def main() -> None:
     """Runs what is asked for, writing after every training."""
     args = _arguments()
-    given = zip(args.data, args.template, args.epochs, strict=True)
-    sources = [_source(data, template, epochs) for data, template, epochs in given]
-    found = results.facts(torch.device("cpu")) | {"kind": "methods", "model": args.model, "runs": []}
+    found = results.facts(torch.device("cpu")) | {
+        "kind": "methods", "model": results.data_name(args.model), "dtype": args.dtype, "runs": []
+    }  # fmt: skip
     path = results.FOLDER / f"{found['date']}-methods{args.suffix}.json"
     if args.resume and path.is_file():
         found["runs"] = json.loads(path.read_text())["runs"]
     done = {(r["data"], r["variant"], r["seed"]) for r in found["runs"]}
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for source in sources:
+        for data in args.datasets:
+            (split,) = splits(DATA[data], args.data, DATA[data].sizes[0], seed, args.test_rows)
             for variant in args.only or VARIANTS:
-                if (source.name, variant, seed) in done:
+                if (data, variant, seed) in done:
                     continue
-                run = measure(source, variant, seed, args.model, args.label, args.virtual_tokens)
-                line = f"{source.name:6} {variant:28} seed {seed}: accuracy {run['accuracy']:.3f}"
-                print(line, flush=True)
+                run = measure(data, split, variant, seed, args)
+                print(f"{data:6} {variant:28} seed {seed}: accuracy {run['accuracy']:.3f}", flush=True)
                 found["runs"].append(run)
                 path.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _source(data: str, template: str, epochs: int) -> Source:
-    name, _, files = data.partition("=")
-    train, _, test = files.partition(",")
-    return Source(name, Path(train), Path(test), template, epochs)
-
-
 def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", action="append", required=True, metavar="NAME=TRAIN,TEST")
-    parser.add_argument("--template", action="append", required=True)
-    parser.add_argument("--epochs", action="append", type=int, required=True)
-    parser.add_argument("--label", default="label")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--datasets", nargs="+", choices=EPOCHS, default=list(EPOCHS))
+    parser.add_argument("--test-rows", type=int, default=200, help="a fixed random subset of so many")
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the data set's own")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32", help="of the backbone's weights, as model.dtype")
     parser.add_argument("--virtual-tokens", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)

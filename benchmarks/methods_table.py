@@ -98,14 +98,18 @@ def _cells(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _machine(result: Mapping[str, Any]) -> str:
-    return f"{result['machine']['threads']} thread of a {result['machine']['cpu']}, float32, {result['date']}"
+    machine = result["machine"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{threads} of {machine['cpu']}, {result.get('dtype', 'float32')}, {result['date']}"
 
 
 def _reading(result: Mapping[str, Any]) -> Iterator[str]:
     seeds = sorted({r["seed"] for r in result["runs"]})
     most = max(len([r for r in result["runs"] if (r["data"], r["variant"]) == pair]) for pair in _pairs(result))
-    yield f"Seeds {', '.join(map(str, seeds))}; up to {most} a cell, in brackets the range over them. One seed on 200"
-    yield "test rows is good to about 0.06: read differences below that as none. Rates: the defaults of then."
+    count = result["runs"][0]["test_rows"]
+    yield f"Draws of training rows: {', '.join(map(str, seeds))}; up to {most} a cell, in brackets the range over them."
+    yield f"One on {count} test rows is good to about 0.06: read differences below that as none. Rates: the defaults of"
+    yield "then."
     yield "*Cached* tokens cost attention over their keys and values and no forward pass; `foreword compile` makes rows"
     yield "into such a prefix without training it again."
 

@@ -28,6 +28,7 @@ import shapes
 import startup
 import suite
 import table
+from quality_data import DataSet
 
 from conftest import ROWS, write_csv
 from foreword.backbone.memory import Peak
@@ -220,11 +221,14 @@ def test_the_page_in_docs_is_the_one_made_from_the_newest_results() -> None:
 def test_the_methods_are_measured_as_users_train_them(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write_csv(tmp_path / "d.csv", ROWS, ("text", "label"))
+    for name in ("train", "test"):
+        write_csv(tmp_path / f"{name}.csv", [(f"{text} {name}", label) for text, label in ROWS], ("text", "label"))
+    toy = DataSet(tmp_path.name, "{text} Label :", "", ("8",), "ten made-up rows")
+    monkeypatch.setattr(methods, "DATA", {"sst2": toy})
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     only = ["--only", "prompt-tuning", "--only", "prefix-tuning"]
     chosen = [*only, "--virtual-tokens", "4", "--model", str(model_folder)]
-    given = ["--data", f"D={data},{data}", "--template", "{text} Label :", "--epochs", "1", *chosen]
+    given = ["--data", str(tmp_path.parent), "--datasets", "sst2", "--epochs", "1", *chosen]
     monkeypatch.setattr(sys, "argv", ["methods.py", *given])
     methods.main()
     monkeypatch.setattr(sys, "argv", ["methods.py", "--resume", "--seeds", "2", *given])

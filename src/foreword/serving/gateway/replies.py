@@ -173,7 +173,9 @@ class Classified(BaseModel):
     probs: list[float]
     num_classes: int
     probabilities: dict[str, float]
-    logprobs: dict[str, float] | None = Field(default=None, description="Summed over the label words' tokens.")
+    logprobs: dict[str, float] | None = Field(
+        default=None, description="Summed over the label words' tokens, before any bias of the class."
+    )
     members: list[MemberAnswer] | None = None
 
 
