@@ -18,7 +18,7 @@ import foreword
 from conftest import ROWS, Cli
 from foreword.artifact.ensemble import write_ensemble
 from foreword.artifact.sidecar import SIDECAR
-from foreword.evaluation.biases import PARTS, PLAIN, TRAINED, class_biases, cross_biased, fitted_biases
+from foreword.evaluation.biases import PARTS, PLAIN, TRAINED, class_biases, cross_biased, fitted_biases, says_shares
 from foreword.evaluation.evaluate import Outcome
 from foreword.evaluation.scoring import rebalanced, softmax
 from foreword.tuning.ensemble import log_loss
@@ -105,6 +105,12 @@ def test_every_part_has_its_share_of_each_class() -> None:
     found = cross_biased(outcome(scores, labels)).probabilities
     assert found is not None
     np.testing.assert_allclose(found, 1 / PARTS, atol=0.02)
+
+
+def test_equal_numbers_of_rows_do_not_say_how_often_a_class_comes() -> None:
+    assert not says_shares([16] * 6)
+    assert not says_shares([25, 24, 25])
+    assert says_shares([17, 33])
 
 
 def test_free_text_has_none() -> None:
@@ -194,7 +200,7 @@ def tuned(model: Path, out: Path, **tune: Any) -> Any:
 
 
 def test_tune_fits_them_on_rows_left_out(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run")
+    made = tuned(model_folder, tmp_path / "run", biases="always")
     first, second = (kept_outcomes(tmp_path / "run" / "search", fold) for fold in ("fold-1", "fold-2"))
     possible = set()
     for a, b in itertools.product(first, second):
@@ -212,8 +218,8 @@ def kept_outcomes(search: Path, fold: str) -> list[dict[str, Any]]:
     return [o for f in search.glob(f"rung-*/*/{fold}/*/done.json") for o in json.loads(f.read_text())["outcomes"]]
 
 
-def test_tune_without_them(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run", biases=False)
+def test_rows_drawn_class_by_class_bring_none(model_folder: Path, tmp_path: Path) -> None:
+    made = tuned(model_folder, tmp_path / "run")
     assert {m.task.biases for m in made.members} == {()}
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
     losses = [
@@ -224,7 +230,7 @@ def test_tune_without_them(model_folder: Path, tmp_path: Path) -> None:
 
 def test_what_tune_scores_on_held_out_rows_is_what_is_predicted(model_folder: Path, tmp_path: Path) -> None:
     made = foreword.tune(
-        model=str(model_folder), data=DATA, eval_data=DATA[:6], text="text", label="label", out=tmp_path / "run",
+        model=str(model_folder), data=[DATA[1], *DATA[3:]], eval_data=DATA[:6], text="text", label="label", out=tmp_path / "run",
         quiet=True, train={"epochs": 3, "batch_size": 4},
         tune={"minutes": 0, "trainings": 4, "members": 1, "folds": 2, "methods": ("prompt-tuning",)},
     )  # fmt: skip

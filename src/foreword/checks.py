@@ -52,6 +52,7 @@ CHOICES = {
     "train.engine": ("auto", "eager", "graph", "compile"),
     "tune.sampler": ("list", "optuna"),
     "tune.wording": ("auto", "given"),
+    "tune.biases": ("auto", "always", "never"),
 }
 
 

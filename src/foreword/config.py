@@ -210,9 +210,10 @@ class TuneConfig:
     wording: str = "auto"
     """auto: before the search, choose on the training rows what the model says for a class (unless data.label_words
     says it) and what stands before it (unless data.template does); given: leave both as they are."""
-    biases: bool = True
-    """Give each class a bias, fitted on the rows left out, that Foreword adds wherever classes are compared (PEFT and
-    vLLM by themselves know none)."""
+    biases: str = "auto"
+    """A bias for each class, fitted on the rows left out, that Foreword adds wherever classes are compared (PEFT and
+    vLLM by themselves know none): always, never, or auto: unless every class has as many rows as the others, which
+    says that somebody drew them so and nothing of how often a class comes."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

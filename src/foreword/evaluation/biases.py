@@ -47,6 +47,11 @@ def fitted_biases(scores: Floats, labels: Sequence[int], deviation: float = TRAI
     return biases
 
 
+def says_shares(counts: Sequence[int]) -> bool:
+    """Whether rows of each class ``[C]`` say how often a class comes: not if somebody drew the same number of each."""
+    return max(counts) - min(counts) > 1
+
+
 def class_biases(outcome: Outcome) -> tuple[float, ...]:
     """The biases of a classifier by its outcome on rows that it was not trained on; none of free text."""
     if outcome.probabilities is None:

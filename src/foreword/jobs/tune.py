@@ -20,7 +20,7 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
-from foreword.evaluation.biases import class_biases, cross_biased
+from foreword.evaluation.biases import class_biases, cross_biased, says_shares
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
 from foreword.evaluation.together import averaged
@@ -144,6 +144,8 @@ class _Search:
         self.splits = replace(splits, task=self.wording.task(task))
         self.workshop = Workshop(recipe, self.splits, backbone, console)
         self.crew = self._crew(together)
+        counts = [labels.count(name) for name in set(labels)]
+        self.biased = {"always": True, "never": False, "auto": says_shares(counts)}[recipe.tune.biases]
         self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
@@ -291,8 +293,7 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        biased = self.recipe.tune.biases
-        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, biased)
+        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biased)
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
