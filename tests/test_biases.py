@@ -230,8 +230,8 @@ def test_rows_drawn_class_by_class_bring_none(model_folder: Path, tmp_path: Path
 
 def test_what_tune_scores_on_held_out_rows_is_what_is_predicted(model_folder: Path, tmp_path: Path) -> None:
     made = foreword.tune(
-        model=str(model_folder), data=[DATA[1], *DATA[3:]], eval_data=DATA[:6], text="text", label="label", out=tmp_path / "run",
-        quiet=True, train={"epochs": 3, "batch_size": 4},
+        model=str(model_folder), data=[DATA[1], *DATA[3:]], eval_data=DATA[:6], text="text", label="label",
+        out=tmp_path / "run", quiet=True, train={"epochs": 3, "batch_size": 4},
         tune={"minutes": 0, "trainings": 4, "members": 1, "folds": 2, "methods": ("prompt-tuning",)},
     )  # fmt: skip
     assert made.task.biases
