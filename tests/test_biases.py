@@ -18,7 +18,16 @@ import foreword
 from conftest import ROWS, Cli
 from foreword.artifact.ensemble import write_ensemble
 from foreword.artifact.sidecar import SIDECAR
-from foreword.evaluation.biases import PARTS, PLAIN, TRAINED, class_biases, cross_biased, fitted_biases, says_shares
+from foreword.evaluation.biases import (
+    PARTS,
+    PLAIN,
+    TRAINED,
+    class_biases,
+    cross_biased,
+    fitted_biases,
+    helpful,
+    says_shares,
+)
 from foreword.evaluation.evaluate import Outcome
 from foreword.evaluation.scoring import rebalanced, softmax
 from foreword.tuning.ensemble import log_loss
@@ -113,6 +122,16 @@ def test_equal_numbers_of_rows_do_not_say_how_often_a_class_comes() -> None:
     assert says_shares([17, 33])
 
 
+def test_they_help_whoever_leans_to_a_class_and_nobody_who_does_not() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 2, (60, 2))
+    labels = [int(rng.choice(2, p=p)) for p in softmax(scores)]
+    assert helpful(outcome(scores + np.array([3.0, 0.0]), labels))
+    assert not helpful(outcome(scores, labels))
+    assert not helpful(outcome(scores[:1] + np.array([3.0, 0.0]), labels[:1]))
+    assert not helpful(Outcome([], [2], [-1.0]))
+
+
 def test_free_text_has_none() -> None:
     free = Outcome([], [2], [-1.0])
     assert class_biases(free) == ()
@@ -191,16 +210,24 @@ def test_the_terminal_and_the_card_tell_of_them(runs: tuple[Path, Path], cli: Cl
 # --- tune ---------------------------------------------------------------------------------------
 
 
-def tuned(model: Path, out: Path, **tune: Any) -> Any:
+UNEVEN = [
+    *(r for r in DATA if r["label"] == "complaint"),
+    *({"text": f"{r['text']} {w}", "label": r["label"]} for r in DATA if "no" in r["label"] for w in ("fox", "dog")),
+]
+"""Five complaints and ten that are none, while the tiny model leans to complaints."""
+
+
+def tuned(model: Path, out: Path, data: list[dict[str, str]] = UNEVEN, **tune: Any) -> Any:
     small = {"minutes": 0, "trainings": 6, "members": 2, "folds": 2, "virtual_tokens": (4,), "wording": "given"}
     return foreword.tune(
-        model=str(model), data=DATA, text="text", label="label", out=out, quiet=True,
-        tune=small | tune, train={"epochs": 3, "batch_size": 4},
+        model=str(model), data=data, eval_data=DATA[:7], text="text", label="label", out=out, quiet=True,
+        tune=small | tune, train={"epochs": 1, "batch_size": 8},
     )  # fmt: skip
 
 
 def test_tune_fits_them_on_rows_left_out(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run", biases="always")
+    made = tuned(model_folder, tmp_path / "run")
+    assert made.scores["accuracy"] == made.evaluate(DATA[:7])["accuracy"]
     first, second = (kept_outcomes(tmp_path / "run" / "search", fold) for fold in ("fold-1", "fold-2"))
     possible = set()
     for a, b in itertools.product(first, second):
@@ -218,21 +245,14 @@ def kept_outcomes(search: Path, fold: str) -> list[dict[str, Any]]:
     return [o for f in search.glob(f"rung-*/*/{fold}/*/done.json") for o in json.loads(f.read_text())["outcomes"]]
 
 
-def test_rows_drawn_class_by_class_bring_none(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run")
+@pytest.mark.parametrize(("data", "biases"), [(DATA, "auto"), (UNEVEN, "never")])
+def test_there_are_none_for_rows_drawn_class_by_class_or_where_nobody_wants_them(
+    data: list[dict[str, str]], biases: str, model_folder: Path, tmp_path: Path
+) -> None:
+    made = tuned(model_folder, tmp_path / "run", data, biases=biases)
     assert {m.task.biases for m in made.members} == {()}
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
     losses = [
         log_loss(o["truth"], np.array(o["probabilities"])) for o in kept_outcomes(tmp_path / "run" / "search", "fold-1")
     ]
     assert {round(t["loss"], 9) for t in trials if t["rung"] == 0} == {round(x, 9) for x in losses}
-
-
-def test_what_tune_scores_on_held_out_rows_is_what_is_predicted(model_folder: Path, tmp_path: Path) -> None:
-    made = foreword.tune(
-        model=str(model_folder), data=[DATA[1], *DATA[3:]], eval_data=DATA[:6], text="text", label="label",
-        out=tmp_path / "run", quiet=True, train={"epochs": 3, "batch_size": 4},
-        tune={"minutes": 0, "trainings": 4, "members": 1, "folds": 2, "methods": ("prompt-tuning",)},
-    )  # fmt: skip
-    assert made.task.biases
-    assert made.scores["accuracy"] == made.evaluate(DATA[:6])["accuracy"]

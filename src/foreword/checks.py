@@ -52,7 +52,7 @@ CHOICES = {
     "train.engine": ("auto", "eager", "graph", "compile"),
     "tune.sampler": ("list", "optuna"),
     "tune.wording": ("auto", "given"),
-    "tune.biases": ("auto", "always", "never"),
+    "tune.biases": ("auto", "never"),
 }
 
 

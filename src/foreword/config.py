@@ -212,8 +212,8 @@ class TuneConfig:
     says it) and what stands before it (unless data.template does); given: leave both as they are."""
     biases: str = "auto"
     """A bias for each class, fitted on the rows left out, that Foreword adds wherever classes are compared (PEFT and
-    vLLM by themselves know none): always, never, or auto: unless every class has as many rows as the others, which
-    says that somebody drew them so and nothing of how often a class comes."""
+    vLLM by themselves know none): never, or auto: where it lowers the loss of rows that had no part in it, unless every
+    class has as many rows, which says that somebody drew them so and nothing of how often a class comes."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

@@ -75,6 +75,22 @@ def cross_biased(outcome: Outcome) -> Outcome:
     return replace(outcome, probabilities=found)
 
 
+def helpful(outcome: Outcome) -> bool:
+    """Whether biases lower the log loss of rows that they were fitted without, by more than a standard error."""
+    if outcome.probabilities is None or len(outcome.truth) < PARTS:
+        return False
+    before, after = (_losses(o) for o in (outcome, cross_biased(outcome)))
+    gain = before - after
+    return bool(gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
+
+
+def _losses(outcome: Outcome) -> Floats:
+    """Log losses ``[n]`` of the rows."""
+    assert outcome.probabilities is not None
+    found: Floats = -_logarithms(outcome.probabilities)[range(len(outcome.truth)), outcome.truth]
+    return found
+
+
 def _logarithms(probabilities: Floats) -> Floats:
     found: Floats = np.log(np.maximum(probabilities, SMALLEST))
     return found

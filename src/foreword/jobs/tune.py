@@ -20,7 +20,7 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
-from foreword.evaluation.biases import class_biases, cross_biased, says_shares
+from foreword.evaluation.biases import class_biases, cross_biased, helpful, says_shares
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
 from foreword.evaluation.together import averaged
@@ -61,19 +61,23 @@ class Trial:
     """Folds of this rung."""
     seconds: float
     """Of this rung."""
-    biased: bool
-    """Whether classes have biases, which rows left out teach."""
+    biasing: bool
+    """Whether classes may have biases."""
+
+    @cached_property
+    def _biased(self) -> bool:
+        return self.biasing and helpful(pooled(self.folds))
 
     @cached_property
     def outcome(self) -> Outcome:
-        """All folds pooled, each row with biases of the classes that were fitted without it."""
+        """All folds pooled; where classes have biases, each row with those that were fitted without it."""
         found = pooled(self.folds)
-        return cross_biased(found) if self.biased else found
+        return cross_biased(found) if self._biased else found
 
     @property
     def biases(self) -> tuple[float, ...]:
-        """Of the classes, by all folds."""
-        return class_biases(pooled(self.folds)) if self.biased else ()
+        """Of the classes, by all folds, where they help; else none."""
+        return class_biases(pooled(self.folds)) if self._biased else ()
 
     @property
     def loss(self) -> float:
@@ -145,7 +149,7 @@ class _Search:
         self.workshop = Workshop(recipe, self.splits, backbone, console)
         self.crew = self._crew(together)
         counts = [labels.count(name) for name in set(labels)]
-        self.biased = {"always": True, "never": False, "auto": says_shares(counts)}[recipe.tune.biases]
+        self.biasing = recipe.tune.biases == "auto" and says_shares(counts)
         self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
@@ -293,7 +297,7 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biased)
+        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biasing)
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
