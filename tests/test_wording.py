@@ -21,7 +21,8 @@ from foreword.data.splits import k_folds
 from foreword.data.template import parse, with_closing
 from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
 from foreword.jobs.data import read_splits
-from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, chosen, compared, thinned
+from foreword.jobs.tune import _Search
+from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, chosen, compared, finalists, thinned
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 CLASSES = ("complaint", "no complaint")
@@ -126,13 +127,15 @@ def judged(template: str, words: tuple[str, ...], losses: Sequence[float]) -> Ju
     return Judged(Wording(template, words, (words,)), np.array(losses))
 
 
-def test_learnt_words_are_taken_where_they_are_better_than_chance() -> None:
+def test_learnt_words_are_trained_where_they_are_better_than_chance() -> None:
     task = replace(splits_of(DATA).task, template="given")
     given_one, better = judged("given", CLASSES, [1.0, 1.2, 0.9]), judged("other", CLASSES, [0.9, 1.1, 0.8])
     sure, unsure = judged("x", ("a", "b"), [0.5, 0.6, 0.4]), judged("y", ("c", "d"), [0.1, 0.1, 2.5])
-    assert chosen([given_one, better], task) is better
-    assert chosen([given_one, better, sure], task) is sure
-    assert chosen([given_one, better, unsure], task) is better
+    assert finalists([given_one, better], task) == [better]
+    assert finalists([given_one, better, sure], task) == [better, sure]
+    assert finalists([given_one, better, unsure], task) == [better]
+    assert chosen([better, sure]) is sure
+    assert chosen([better]) is better
 
 
 def test_some_rows_of_many_are_looked_at_of_every_fold_its_share() -> None:
@@ -172,6 +175,35 @@ def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: P
     task = task_of(tmp_path / "run")
     assert (task["template"], list(task["words"])) == (decided["template"], decided["words"])
     assert {p.label for p in made.predict([r["text"] for r in DATA])} <= set(CLASSES)
+
+
+def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the losses that the search then has of its first candidate, as all rows are looked at."""
+    told: list[tuple[Wording, float]] = []
+    trained = _Search._losses_in
+
+    def both(found: Sequence[Judged], task: Any) -> list[Judged]:
+        return [found[0], next(j for j in found if j.wording.words != CLASSES)]
+
+    def listening(self: _Search, name: str, wording: Wording, folds: Any) -> Any:
+        losses = trained(self, name, wording, folds)
+        told.append((wording, float(losses.mean())))
+        return losses
+
+    monkeypatch.setattr("foreword.jobs.wording.finalists", both)
+    monkeypatch.setattr(_Search, "_losses_in", listening)
+    rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog") for r in DATA]
+    tuned(model_folder, tmp_path / "run", {"trainings": 6}, data=rows)
+    (_, first), (_, second) = told
+    assert first != second
+    best, loss = min(told, key=lambda t: t[1])
+    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())
+    assert (decided["template"], tuple(decided["words"])) == (best.template, best.words)
+    assert decided["seconds"] > 0
+    trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
+    assert min(abs(t["loss"] - loss) for t in trials if t["folds"] == 2) < 1e-6
 
 
 def test_what_somebody_wrote_stays(cli: Cli, model_folder: Path, tmp_path: Path) -> None:

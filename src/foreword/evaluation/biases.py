@@ -14,6 +14,7 @@ import numpy as np
 
 from foreword.evaluation.evaluate import Outcome
 from foreword.evaluation.scoring import Floats, rebalanced, softmax
+from foreword.tuning.ensemble import log_losses
 
 TRAINED, PLAIN = 1.0, 5.0
 """Standard deviations of a bias before a row is seen, in nats: of a soft prompt, and of the plain model, which may lean
@@ -79,16 +80,10 @@ def helpful(outcome: Outcome) -> bool:
     """Whether biases lower the log loss of rows that they were fitted without, by more than a standard error."""
     if outcome.probabilities is None or len(outcome.truth) < PARTS:
         return False
-    before, after = (_losses(o) for o in (outcome, cross_biased(outcome)))
-    gain = before - after
+    after = cross_biased(outcome).probabilities
+    assert after is not None
+    gain = log_losses(outcome.truth, outcome.probabilities) - log_losses(outcome.truth, after)
     return bool(gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
-
-
-def _losses(outcome: Outcome) -> Floats:
-    """Log losses ``[n]`` of the rows."""
-    assert outcome.probabilities is not None
-    found: Floats = -_logarithms(outcome.probabilities)[range(len(outcome.truth)), outcome.truth]
-    return found
 
 
 def _logarithms(probabilities: Floats) -> Floats:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,24 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
-from foreword.evaluation.biases import class_biases, cross_biased, helpful, says_shares
-from foreword.evaluation.evaluate import Outcome, pooled
-from foreword.evaluation.metrics import point_scores
+from foreword.evaluation.biases import says_shares
+from foreword.evaluation.evaluate import pooled
+from foreword.evaluation.scoring import Floats
 from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
 from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.train import begun, check_names, mark_started
 from foreword.jobs.training import say
+from foreword.jobs.trial import Trial
 from foreword.jobs.tuned import Expected, Made, write_tuned
-from foreword.jobs.wording import settle_wording
+from foreword.jobs.wording import Fold, Wording, settle_wording
 from foreword.parallel.world import ALONE, World
 from foreword.prompts.methods.context_tuning import own_tokens
 from foreword.prompts.methods.registry import EXAMPLES, find
 from foreword.records import Row
 from foreword.training.progress import METRICS
-from foreword.tuning.ensemble import log_loss, select
+from foreword.tuning.ensemble import log_losses, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
 from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
 
@@ -47,52 +47,6 @@ SEED_STRIDE = 1000
 
 Shared = tuple[Task, list[int]]
 """A task of several candidates, and which of those proposed they are."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate at a rung: what it did on rows it was not trained on, of all folds so far."""
-
-    rung: int
-    candidate: Candidate
-    epochs: int
-    folds: tuple[Outcome, ...]
-    fresh: int
-    """Folds of this rung."""
-    seconds: float
-    """Of this rung."""
-    biasing: bool
-    """Whether classes may have biases."""
-
-    @cached_property
-    def _biased(self) -> bool:
-        return self.biasing and helpful(pooled(self.folds))
-
-    @cached_property
-    def outcome(self) -> Outcome:
-        """All folds pooled; where classes have biases, each row with those that were fitted without it."""
-        found = pooled(self.folds)
-        return cross_biased(found) if self._biased else found
-
-    @property
-    def biases(self) -> tuple[float, ...]:
-        """Of the classes, by all folds, where they help; else none."""
-        return class_biases(pooled(self.folds)) if self._biased else ()
-
-    @property
-    def loss(self) -> float:
-        """What candidates are compared by: of classes, else per target token."""
-        table = self.outcome.probabilities
-        if table is not None:
-            return log_loss(self.outcome.truth, table)
-        return -sum(self.outcome.logprobs) / sum(self.outcome.target_tokens)
-
-    def facts(self) -> dict[str, Any]:
-        """For metrics.jsonl and the report."""
-        table = self.outcome.probabilities
-        scores = {"loss": self.loss, **(point_scores(self.outcome.truth, table) if table is not None else {})}
-        return {"event": "trial", "rung": self.rung, **asdict(self.candidate), "epochs": self.epochs, **scores,
-                "folds": len(self.folds), "seconds": round(self.seconds, 1)}  # fmt: skip
 
 
 def tune(
@@ -144,7 +98,11 @@ class _Search:
             ([self.searched[i] for i in keep], [self.searched[i] for i in out])
             for keep, out in k_folds([labels[i] for i in self.searched], recipe.tune.folds, recipe.tune.seed)
         ]
-        self.wording = settle_wording(recipe, splits, backbone, self.folds, self._decided, self.console)
+        self.workshop = Workshop(recipe, splits, backbone, console)
+        self.sampler, self.size, self.first = self._sampler()
+        self.wording = settle_wording(
+            recipe, splits, backbone, self.folds, self._decided, self._losses_in, self.console
+        )
         self.splits = replace(splits, task=self.wording.task(task))
         self.workshop = Workshop(recipe, self.splits, backbone, console)
         self.crew = self._crew(together)
@@ -155,9 +113,8 @@ class _Search:
 
     def run(self) -> None:
         """Search, members, scores, files."""
-        sampler, size, first = self._sampler()
-        budget = self._budget(size, first)
-        found = self._first_rung(sampler, budget.rungs[0], size)
+        budget = self._budget(self.size, self.first)
+        found = self._first_rung(self.sampler, budget.rungs[0])
         for number, rung in enumerate(self._later_rungs(budget), start=1):
             kept = survivors(found, rung.candidates, lambda t: t.loss, lambda t: t.candidate.method)
             found = self._rung(number, kept, rung.folds)
@@ -169,6 +126,19 @@ class _Search:
         together = averaged([found[i].outcome for i in chosen])
         expected = Expected(together, found[chosen[0]].outcome, order, len(self.folds), self._protocol())
         write_tuned(self.workshop, self.out, members, expected, [t.facts() for t in self.trials])
+
+    def _losses_in(self, name: str, wording: Wording, folds: Sequence[Fold]) -> Floats:
+        """Log losses of the rows left out, fold by fold, after the first candidate was trained in a wording."""
+        task = wording.task(self.splits.task)
+        workshop = Workshop(self.recipe, replace(self.splits, task=task), self.workshop.backbone, self.console)
+        group, outcomes = ((self.first, self.recipe.tune.seed),), []
+        for number, ((keep, out), words) in enumerate(zip(folds, wording.fold_words, strict=True), start=1):
+            epochs, fold = workshop.epochs(len(keep)), f"{name}/fold-{number}"
+            one = Task(fold, group, tuple(keep), tuple(out), epochs, f"wording, fold {number}", words)
+            outcomes += workshop.carry_out(one, self.out / SEARCH / fold).outcomes
+        found = pooled(outcomes)
+        assert found.probabilities is not None, "the task has classes"
+        return log_losses(found.truth, found.probabilities)
 
     def _rows_read(self, rows: int) -> int:
         """In a whole training on so many."""
@@ -251,7 +221,7 @@ class _Search:
     def _most_members(self) -> int:
         return self.recipe.tune.members if self.splits.task.classifies else 1
 
-    def _first_rung(self, sampler: Sampler, rung: Rung, size: int) -> list[Trial]:
+    def _first_rung(self, sampler: Sampler, rung: Rung) -> list[Trial]:
         """Two halves, so that a sampler that learns has something to learn from."""
         learns = self.recipe.tune.sampler != "list"
         counts = [rung.candidates - rung.candidates // 2, rung.candidates // 2] if learns else [rung.candidates]
@@ -292,8 +262,8 @@ class _Search:
 
     @property
     def _seconds(self) -> float:
-        """The budget by minutes, as time of all workers together."""
-        return self.recipe.tune.minutes * 60 * self.crew.workers
+        """The budget by minutes without what the wording took, as time of all workers together."""
+        return max(0.0, self.recipe.tune.minutes * 60 - self.wording.seconds) * self.crew.workers
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""

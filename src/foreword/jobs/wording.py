@@ -6,6 +6,7 @@ compared by what the plain model says of rows that had no part in them. A templa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +56,13 @@ class Wording:
     template: str
     words: tuple[str, ...]
     fold_words: tuple[tuple[str, ...], ...]
+    seconds: float = 0.0
+    """That it took to find."""
+
+    @property
+    def shown(self) -> str:
+        """Its label words on the terminal."""
+        return ", ".join(self.words[:SHOWN]) + (", ..." if len(self.words) > SHOWN else "")
 
     def task(self, task: Task) -> Task:
         """The task in this wording."""
@@ -70,13 +78,13 @@ class Judged:
 
     def __str__(self) -> str:
         """As on the terminal."""
-        words = ", ".join(self.wording.words[:SHOWN]) + (", ..." if len(self.wording.words) > SHOWN else "")
-        return f"loss {self.losses.mean():.3f}: {self.wording.template!r} with {words}"
+        return f"loss {self.losses.mean():.3f}: {self.wording.template!r} with {self.wording.shown}"
 
 
 def settle_wording(
     recipe: Recipe, splits: Splits, backbone: Backbone, folds: Sequence[Fold],
-    decided: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]], console: Console,
+    decided: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
+    trained: Callable[[str, Wording, Sequence[Fold]], Floats], console: Console,
 ) -> Wording:  # fmt: skip
     """The wording of a search: the given one, or what its rows say is better.
 
@@ -86,6 +94,7 @@ def settle_wording(
         backbone: the model.
         folds: training and held-out rows of each fold.
         decided: takes a decision once, for all processes and for a resumed search.
+        trained: trains a soft prompt of this name in a wording; gives the log losses of the rows left out.
         console: is told what was compared.
     """
     task, data = splits.task, recipe.data
@@ -94,16 +103,22 @@ def settle_wording(
         return Wording(task.template, task.words, (task.words,) * len(folds))
 
     def decide() -> dict[str, Any]:
+        began, looked = time.monotonic(), thinned(folds)
         say(console, "wording: what the plain model says of rows left out")
-        found = compared(backbone, task, splits.train, thinned(folds), free)
-        best = chosen(found, task)
+        found = compared(backbone, task, splits.train, looked, free)
         for judged in sorted(found, key=_loss):
-            note = " (chosen)" if judged is best else ""
-            say(console, f"  {judged}{note}")
-        return asdict(best.wording)
+            say(console, f"  {judged}")
+        last = finalists(found, task)
+        if len(last) > 1:
+            say(console, "wording: what a soft prompt that was trained in it says")
+            last = [Judged(j.wording, trained(f"wording/{i}", j.wording, looked)) for i, j in enumerate(last)]
+            for judged in last:
+                say(console, f"  {judged}")
+        best = chosen(last)
+        say(console, f"wording: {best.wording.template!r} with {best.wording.shown}")
+        return {**asdict(best.wording), "seconds": round(time.monotonic() - began, 1)}
 
-    facts = decided("wording", decide)
-    return Wording(facts["template"], tuple(facts["words"]), tuple(map(tuple, facts["fold_words"])))
+    return Wording(**{k: _tuples(v) for k, v in decided("wording", decide).items()})
 
 
 def unsaid_template(data: DataConfig) -> str:
@@ -136,12 +151,25 @@ def compared(backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold]
     return found
 
 
-def chosen(found: Sequence[Judged], task: Task) -> Judged:
-    """The best with the task's own words, unless the best with learnt ones is better by more than chance."""
+def finalists(found: Sequence[Judged], task: Task) -> list[Judged]:
+    """The best with the task's own words, and the best of all if it has learnt ones and is better by more than chance.
+
+    So much for the plain model: training may turn it round, as it does on TREC (docs/log.md).
+    """
     own = min((j for j in found if j.wording.words == task.words), key=_loss)
     best = min(found, key=_loss)
     gain = own.losses - best.losses
-    return best if gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5 else own
+    return [own, best] if gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5 else [own]
+
+
+def chosen(last: Sequence[Judged]) -> Judged:
+    """The one with the lowest loss."""
+    return min(last, key=_loss)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _loss(judged: Judged) -> float:

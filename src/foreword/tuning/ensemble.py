@@ -16,10 +16,16 @@ TINY = 1e-6
 """Least probability of the true class in a loss: a single sure mistake must not decide."""
 
 
-def log_loss(truth: Sequence[int], probabilities: Floats) -> float:
-    """Mean negative log-probability of the true class; ``probabilities`` ``[n, C]``."""
+def log_losses(truth: Sequence[int], probabilities: Floats) -> Floats:
+    """Negative log-probability of each row's true class ``[n]``, in nats; ``probabilities`` ``[n, C]``."""
     own = probabilities[np.arange(len(truth)), np.asarray(truth)]
-    return float(-np.log(np.maximum(own, TINY)).mean())
+    found: Floats = -np.log(np.maximum(own, TINY))
+    return found
+
+
+def log_loss(truth: Sequence[int], probabilities: Floats) -> float:
+    """Their mean."""
+    return float(log_losses(truth, probabilities).mean())
 
 
 def select(truth: Sequence[int], tables: Sequence[Floats], count: int) -> list[int]:
