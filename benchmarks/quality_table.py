@@ -60,8 +60,8 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   which test rows there are: 300 test rows by themselves are good to 0.03-0.06 in accuracy. A subset of test rows is
   the same for all contenders and seeds.
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
-  likeliest, and never writes anything else. By now `foreword tune` would find wordings of its own, which these runs of
-  it had not yet: docs/log.md has what they do, with the first figures.
+  likeliest, and never writes anything else. `foreword tune` alone finds its own wording; its runs on SST-2 and CLINC150
+  are older than that and have the shared one, as docs/log.md tells.
 
 Contenders:
 
