@@ -14,7 +14,7 @@ import numpy as np
 
 from foreword.evaluation.evaluate import Outcome
 from foreword.evaluation.scoring import Floats, rebalanced, softmax
-from foreword.tuning.ensemble import log_losses
+from foreword.tuning.ensemble import beyond_chance, log_losses
 
 TRAINED, PLAIN = 1.0, 5.0
 """Standard deviations of a bias before a row is seen, in nats: of a soft prompt, and of the plain model, which may lean
@@ -82,8 +82,7 @@ def helpful(outcome: Outcome) -> bool:
         return False
     after = cross_biased(outcome).probabilities
     assert after is not None
-    gain = log_losses(outcome.truth, outcome.probabilities) - log_losses(outcome.truth, after)
-    return bool(gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
+    return beyond_chance(log_losses(outcome.truth, outcome.probabilities) - log_losses(outcome.truth, after))
 
 
 def _logarithms(probabilities: Floats) -> Floats:

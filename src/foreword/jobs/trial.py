@@ -29,19 +29,22 @@ class Trial:
     """Whether classes may have biases."""
 
     @cached_property
+    def _pooled(self) -> Outcome:
+        return pooled(self.folds)
+
+    @cached_property
     def _biased(self) -> bool:
-        return self.biasing and helpful(pooled(self.folds))
+        return self.biasing and helpful(self._pooled)
 
     @cached_property
     def outcome(self) -> Outcome:
         """All folds pooled; where classes have biases, each row with those that were fitted without it."""
-        found = pooled(self.folds)
-        return cross_biased(found) if self._biased else found
+        return cross_biased(self._pooled) if self._biased else self._pooled
 
     @property
     def biases(self) -> tuple[float, ...]:
         """Of the classes, by all folds, where they help; else none."""
-        return class_biases(pooled(self.folds)) if self._biased else ()
+        return class_biases(self._pooled) if self._biased else ()
 
     @property
     def loss(self) -> float:

@@ -27,6 +27,7 @@ from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
 from foreword.records import Table, Task
+from foreword.tuning.ensemble import beyond_chance
 
 CLOSINGS = ("\nThis is", "\nThis is a", "\nIt is about", "\nOverall, it is", "\nType:", "\nTopic:")
 """What may stand behind the text instead of a closing that nobody chose."""
@@ -36,8 +37,6 @@ LETTERS = 3
 """Least length of a learnt word."""
 SHOWN = 6
 """Most label words of a wording on the terminal."""
-ERRORS = 1.0
-"""Standard errors that learnt words must be better by: names carry what their writer knows."""
 
 Fold = tuple[list[int], list[int]]
 
@@ -158,8 +157,7 @@ def finalists(found: Sequence[Judged], task: Task) -> list[Judged]:
     """
     own = min((j for j in found if j.wording.words == task.words), key=_loss)
     best = min(found, key=_loss)
-    gain = own.losses - best.losses
-    return [own, best] if gain.mean() > ERRORS * gain.std(ddof=1) / len(gain) ** 0.5 else [own]
+    return [own, best] if beyond_chance(own.losses - best.losses) else [own]
 
 
 def chosen(last: Sequence[Judged]) -> Judged:

@@ -28,6 +28,11 @@ def log_loss(truth: Sequence[int], probabilities: Floats) -> float:
     return float(log_losses(truth, probabilities).mean())
 
 
+def beyond_chance(gains: Floats) -> bool:
+    """Whether the mean of what each row gains ``[n]`` is above its standard error."""
+    return bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
+
+
 def select(truth: Sequence[int], tables: Sequence[Floats], count: int) -> list[int]:
     """Indices of ``count`` members, the first the best alone; some may stand there several times.
 
