@@ -218,7 +218,10 @@ UNEVEN = [
 
 
 def tuned(model: Path, out: Path, data: list[dict[str, str]] = UNEVEN, **tune: Any) -> Any:
-    small = {"minutes": 0, "trainings": 6, "members": 2, "folds": 2, "virtual_tokens": (4,), "wording": "given"}
+    small = {
+        "minutes": 0, "trainings": 6, "members": 2, "folds": 2, "virtual_tokens": (4,), "wording": "given",
+        "untrained": "never",
+    }  # fmt: skip
     return foreword.tune(
         model=str(model), data=data, eval_data=DATA[:7], text="text", label="label", out=out, quiet=True,
         tune=small | tune, train={"epochs": 1, "batch_size": 8},

@@ -27,7 +27,9 @@ from foreword.tuning.space import Known, Listed, Optuna, candidates, survivors
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 KNOWN = {"prefix-tuning": Known(0.03), "prompt-tuning": Known(0.03), "residual": Known(0.01)}
 KNOWN["context-tuning"] = Known(0.003, "examples", 256)
-SMALL: Mapping[str, Any] = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
+SMALL: Mapping[str, Any] = {
+    "minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,), "untrained": "never",
+}  # fmt: skip
 
 
 def tuned(model: Path, out: Path, data: list[dict[str, str]] = DATA, **tune: Any) -> Any:
@@ -360,6 +362,7 @@ def test_the_command_line_tunes_shows_scores_and_predicts(
     code, said, err = cli(
         "tune", "--model", str(model_folder), "--data", str(train_csv), "--text", "Tweet text", "--label", "Label",
         "--out", str(out), "--members", "2", "tune.minutes=0", "tune.trainings=6", "tune.folds=2", "train.epochs=2",
+        "tune.untrained=never",
     )  # fmt: skip
     assert code == 0, err
     assert "to expect on new rows: accuracy" in said

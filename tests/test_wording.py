@@ -22,7 +22,7 @@ from foreword.data.template import parse, with_closing
 from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
 from foreword.jobs.data import read_splits
 from foreword.jobs.tune import _Search
-from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, chosen, compared, finalists, thinned
+from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, duel, finalists, thinned
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 CLASSES = ("complaint", "no complaint")
@@ -134,8 +134,31 @@ def test_learnt_words_are_trained_where_they_are_better_than_chance() -> None:
     assert finalists([given_one, better], task) == [better]
     assert finalists([given_one, better, sure], task) == [better, sure]
     assert finalists([given_one, better, unsure], task) == [better]
-    assert chosen([better, sure]) is sure
-    assert chosen([better]) is better
+
+
+@pytest.mark.parametrize(
+    ("plain", "after", "plain_too", "best", "trainings"),
+    [
+        ((1.4, 1.0), (0.7, 0.8), True, "own", ["own", "learnt"]),
+        ((1.4, 1.0), (0.7, 0.6), True, "learnt", ["own", "learnt"]),
+        ((0.6, 0.4), (0.5, 0.7), True, "learnt", ["own"]),
+        ((0.6, 0.4), (0.5, 0.7), False, "own", ["own", "learnt"]),
+        ((0.6, 0.5), (0.7, 0.8), True, "learnt", ["own"]),
+    ],
+)
+def test_both_wordings_are_trained_unless_the_plain_model_settles_it(
+    plain: tuple[float, float], after: tuple[float, float], plain_too: bool, best: str, trainings: list[str]
+) -> None:
+    own, learnt = (judged("x", (name,), [loss] * 4) for name, loss in zip(("own", "learnt"), plain, strict=True))
+    asked: list[str] = []
+
+    def trained(name: str, one: Judged) -> Judged:
+        assert one.wording.words == (name,)
+        asked.append(name)
+        return replace(one, losses=np.full(4, after[name == "learnt"]))
+
+    assert duel(own, learnt, trained, plain_too).wording.words == (best,)
+    assert asked == trainings
 
 
 def test_some_rows_of_many_are_looked_at_of_every_fold_its_share() -> None:
@@ -195,7 +218,7 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     monkeypatch.setattr("foreword.jobs.wording.finalists", both)
     monkeypatch.setattr(_Search, "_losses_in", listening)
     rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog") for r in DATA]
-    tuned(model_folder, tmp_path / "run", {"trainings": 6}, data=rows)
+    tuned(model_folder, tmp_path / "run", {"trainings": 6, "untrained": "never"}, data=rows)
     (_, first), (_, second) = told
     assert first != second
     best, loss = min(told, key=lambda t: t[1])

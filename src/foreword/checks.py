@@ -53,6 +53,7 @@ CHOICES = {
     "tune.sampler": ("list", "optuna"),
     "tune.wording": ("auto", "given"),
     "tune.biases": ("auto", "never"),
+    "tune.untrained": ("auto", "never"),
 }
 
 

@@ -22,6 +22,7 @@ from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone
 from foreword.config import Member, PromptConfig, Recipe
 from foreword.data.encode import Encoder
+from foreword.data.template import parse
 from foreword.evaluation.evaluate import Outcome, run_rows
 from foreword.evaluation.scoring import target_logprobs
 from foreword.jobs.data import Splits
@@ -31,9 +32,10 @@ from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.registry import METHODS
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
+from foreword.records import Task as Question
 from foreword.training.prepare import prepared
 from foreword.training.state import epochs_for, start, trained_rows
-from foreword.tuning.space import Candidate
+from foreword.tuning.space import UNTRAINED_TEXT, Candidate
 
 DONE = "done.json"
 PROBE_STEPS = 3
@@ -41,8 +43,8 @@ MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ = 15, 2, 800
 """Half of a lone training's or fewer: more candidates and members do more than longer trainings (docs/log.md)."""
 ROWS_READ_A_CLASS = 160
 """At least: ten classes want more steps than two."""
-Group = tuple[str, int]
-"""Method and number of virtual tokens: what soft prompts of one pass have in common."""
+Group = tuple[str, int, bool]
+"""Method, number of virtual tokens, whether trained: what soft prompts of one pass have in common."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ class Workshop:
     def ready(self, candidate: Candidate, words: tuple[str, ...] = ()) -> Ready:
         """Settings, encoder and encoded training rows of its group, with the task's label words unless others."""
         words = words or self.splits.task.words
-        method, tokens = group = group_of(candidate)
+        method, tokens, trained = group = group_of(candidate)
         key = group, words
         if key not in self._ready:
             prompt = replace(self.recipe.prompt, method=method, virtual_tokens=tokens)
+            prompt = prompt if trained else replace(prompt, init_text=UNTRAINED_TEXT)
             task = replace(self.splits.task, words=words)
             encoder = make_encoder(task, self.backbone, tokens, METHODS[method].kind)
             self._ready[key] = Ready(prompt, encoder, encoder.examples(self.splits.train))
@@ -172,18 +175,22 @@ class Workshop:
 
     def carry_out(self, task: Task, folder: Path) -> Done:
         """Trains a task's candidates, from the folder's checkpoint if there is one, and scores the rows left out."""
-        began = time.monotonic()
-        trained = self.train(folder, task)
-        states, first = trained.population.states, task.group[0][0]
+        began, first = time.monotonic(), task.group[0][0]
+        kept, before, figures = self._made(folder, task)
         outcomes, weights = [], []
         if task.out:
             ready = self.ready(first, task.words)
-            outcomes = [self._outcome(first, ready, state.kept.soft_prompt(), task.out) for state in states]
+            outcomes = [self._outcome(first, ready, method.soft_prompt(), task.out) for method in kept]
         else:
-            weights = [{n: t.detach().cpu() for n, t in s.kept.state_dict().items()} for s in states]
-        # Before an interruption there were steps as well: what they took is in the checkpoint.
-        seconds = max(time.monotonic() - began, trained.population.seconds)
-        return Done(seconds, outcomes, weights, trained.figures)
+            weights = [{n: t.detach().cpu() for n, t in method.state_dict().items()} for method in kept]
+        return Done(max(time.monotonic() - began, before), outcomes, weights, figures)
+
+    def _made(self, folder: Path, task: Task) -> tuple[list[Method], float, dict[str, Any]]:
+        """A task's candidates, trained if they are; seconds that the steps took, which may be of an earlier run."""
+        if not task.group[0][0].trained:
+            return [self.method(candidate, seed) for candidate, seed in task.group], 0.0, {}
+        found = self.train(folder, task)
+        return [state.kept for state in found.population.states], found.population.seconds, found.figures
 
     def _outcome(self, candidate: Candidate, ready: Ready, prompt: SoftPrompt, rows: Sequence[int]) -> Outcome:
         """What a soft prompt says of these rows; of free text only how likely it is, as writing takes long."""
@@ -214,6 +221,12 @@ class Workshop:
         return median(times[1:]) * plan.steps  # the first step also warms up
 
 
+def untrained_too(recipe: Recipe, task: Question) -> bool:
+    """Whether the model as it is is a candidate: not where text is written or the virtual tokens have a place."""
+    in_front = recipe.prompt.placement == "front" and not parse(task.template).soft_tokens
+    return recipe.tune.untrained == "auto" and task.classifies and in_front
+
+
 def search_epochs(rows: int, classes: int) -> int:
     """Epochs of a whole training in a search, where the recipe leaves them open."""
     return epochs_for(rows, MOST_EPOCHS, LEAST_EPOCHS, max(ROWS_READ, classes * ROWS_READ_A_CLASS))
@@ -221,7 +234,7 @@ def search_epochs(rows: int, classes: int) -> int:
 
 def group_of(candidate: Candidate) -> Group:
     """What it must have in common with those it trains with."""
-    return candidate.method, candidate.virtual_tokens
+    return candidate.method, candidate.virtual_tokens, candidate.trained
 
 
 def grouped(candidates: Sequence[Candidate]) -> dict[Group, list[int]]:

@@ -25,8 +25,8 @@ class Trial:
     """Folds of this rung."""
     seconds: float
     """Of this rung."""
-    biasing: bool
-    """Whether classes may have biases."""
+    deviation: float
+    """Of a class's bias before a row is seen, in nats; 0: classes have none."""
 
     @cached_property
     def _pooled(self) -> Outcome:
@@ -34,17 +34,17 @@ class Trial:
 
     @cached_property
     def _biased(self) -> bool:
-        return self.biasing and helpful(self._pooled)
+        return self.deviation > 0 and helpful(self._pooled, self.deviation)
 
     @cached_property
     def outcome(self) -> Outcome:
         """All folds pooled; where classes have biases, each row with those that were fitted without it."""
-        return cross_biased(self._pooled) if self._biased else self._pooled
+        return cross_biased(self._pooled, self.deviation) if self._biased else self._pooled
 
     @property
     def biases(self) -> tuple[float, ...]:
         """Of the classes, by all folds, where they help; else none."""
-        return class_biases(self._pooled) if self._biased else ()
+        return class_biases(self._pooled, self.deviation) if self._biased else ()
 
     @property
     def loss(self) -> float:
@@ -58,5 +58,6 @@ class Trial:
         """For metrics.jsonl and the report."""
         table = self.outcome.probabilities
         scores = {"loss": self.loss, **(point_scores(self.outcome.truth, table) if table is not None else {})}
-        return {"event": "trial", "rung": self.rung, **asdict(self.candidate), "epochs": self.epochs, **scores,
+        named = {} if self.candidate.trained else {"method": "untrained", "init": "none"}
+        return {"event": "trial", "rung": self.rung, **asdict(self.candidate), **named, "epochs": self.epochs, **scores,
                 "folds": len(self.folds), "seconds": round(self.seconds, 1)}  # fmt: skip

@@ -19,11 +19,11 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
-from foreword.evaluation.biases import says_shares
+from foreword.evaluation.biases import PLAIN, TRAINED, says_shares
 from foreword.evaluation.evaluate import pooled
 from foreword.evaluation.scoring import Floats
 from foreword.evaluation.together import averaged
-from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
+from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done, untrained_too
 from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.train import begun, check_names, mark_started
@@ -38,7 +38,7 @@ from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_losses, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
+from foreword.tuning.space import UNTRAINED, Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -107,7 +107,7 @@ class _Search:
         self.workshop = Workshop(recipe, self.splits, backbone, console)
         self.crew = self._crew(together)
         counts = [labels.count(name) for name in set(labels)]
-        self.biasing = recipe.tune.biases == "auto" and says_shares(counts)
+        self.says_shares = says_shares(counts)
         self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
@@ -118,6 +118,7 @@ class _Search:
         for number, rung in enumerate(self._later_rungs(budget), start=1):
             kept = survivors(found, rung.candidates, lambda t: t.loss, lambda t: t.candidate.method)
             found = self._rung(number, kept, rung.folds)
+        found += self._untrained(len(budget.rungs))
         chosen = self._chosen(found, self._affordable(budget))
         members = self._members(found, chosen)
         if not (self.world.first or self.world.layout.sharded):
@@ -254,10 +255,11 @@ class _Search:
     def _units_left(self) -> float:
         """Of the budget, in trainings on all rows; by minutes, as long as the trials really took."""
         tune = self.recipe.tune
-        done = sum(self.share * cost(t.fresh, tune.folds) for t in self.trials)
+        trained = [t for t in self.trials if t.candidate.trained]
+        done = sum(self.share * cost(t.fresh, tune.folds) for t in trained)
         if not tune.minutes:
             return tune.trainings - done
-        spent = sum(t.seconds for t in self.trials)
+        spent = sum(t.seconds for t in trained)
         return (self._seconds - spent) * done / max(spent, 1e-9)
 
     @property
@@ -267,7 +269,20 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biasing)
+        epochs = self.workshop.epochs(len(self.searched)) if candidate.trained else 0
+        return Trial(0, candidate, epochs, (), 0, 0.0, self._deviation(candidate))
+
+    def _deviation(self, candidate: Candidate) -> float:
+        """Of its classes' biases. The plain model leans to some class however many rows of each were drawn."""
+        if self.recipe.tune.biases == "never":
+            return 0.0
+        return PLAIN if not candidate.trained else TRAINED if self.says_shares else 0.0
+
+    def _untrained(self, number: int) -> list[Trial]:
+        """The model as it is, on all folds, if it is a candidate."""
+        if not untrained_too(self.recipe, self.splits.task):
+            return []
+        return self._rung(number, [self._new(UNTRAINED)], len(self.folds))
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
@@ -305,7 +320,9 @@ class _Search:
         tables = [t.outcome.probabilities for t in found]
         if tables[0] is None:
             return [min(range(len(found)), key=lambda i: found[i].loss)]
-        return select(found[0].outcome.truth, [t for t in tables if t is not None], count)
+        chosen = select(found[0].outcome.truth, [t for t in tables if t is not None], count)
+        # Trained again it is another soft prompt; the model as it is stays the same one.
+        return chosen if any(found[i].candidate.trained for i in chosen) else chosen[:1]
 
     def _members(self, found: Sequence[Trial], chosen: Sequence[int]) -> list[Made]:
         """The chosen, trained on all rows, each with a seed of its own; in the order in which they were chosen."""
@@ -329,7 +346,7 @@ class _Search:
 
         With several workers a group is as many tasks.
         """
-        for (method, tokens), indices in grouped([candidate for candidate, _ in proposed]).items():
+        for (method, tokens, _), indices in grouped([candidate for candidate, _ in proposed]).items():
             parts = min(self.crew.workers, len(indices))
             for mine in (indices[k::parts] for k in range(parts)):
                 group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"

@@ -23,6 +23,7 @@ from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.evaluate import run_plain
 from foreword.evaluation.scoring import Floats, softmax
 from foreword.evaluation.words import learnt_words, next_logprobs
+from foreword.jobs.candidates import untrained_too
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
@@ -107,13 +108,16 @@ def settle_wording(
         found = compared(backbone, task, splits.train, looked, free)
         for judged in sorted(found, key=_loss):
             say(console, f"  {judged}")
-        last = finalists(found, task)
-        if len(last) > 1:
+
+        def after_training(name: str, judged: Judged) -> Judged:
+            again = Judged(judged.wording, trained(f"wording/{name}", judged.wording, looked))
+            say(console, f"  {again}")
+            return again
+
+        best, *rival = finalists(found, task)
+        if rival:
             say(console, "wording: what a soft prompt that was trained in it says")
-            last = [Judged(j.wording, trained(f"wording/{i}", j.wording, looked)) for i, j in enumerate(last)]
-            for judged in last:
-                say(console, f"  {judged}")
-        best = chosen(last)
+            best = duel(best, rival[0], after_training, untrained_too(recipe, task))
         say(console, f"wording: {best.wording.template!r} with {best.wording.shown}")
         return {**asdict(best.wording), "seconds": round(time.monotonic() - began, 1)}
 
@@ -160,9 +164,21 @@ def finalists(found: Sequence[Judged], task: Task) -> list[Judged]:
     return [own, best] if beyond_chance(own.losses - best.losses) else [own]
 
 
-def chosen(last: Sequence[Judged]) -> Judged:
-    """The one with the lowest loss."""
-    return min(last, key=_loss)
+def duel(own: Judged, learnt: Judged, trained: Callable[[str, Judged], Judged], plain_too: bool) -> Judged:
+    """The one of two wordings with the lower loss after a training in both.
+
+    Args:
+        own: with the task's own words, by the plain model.
+        learnt: with learnt ones.
+        trained: the same wording after a training of this name.
+        plain_too: whether the plain model may be what comes of it: then a wording's loss is the lower of the two.
+    """
+    first = trained("own", own)
+    if plain_too:
+        first = min(own, first, key=_loss)
+        if _loss(learnt) < _loss(first):
+            return learnt  # a training cannot make it lose
+    return min(first, trained("learnt", learnt), key=_loss)
 
 
 def _tuples(value: Any) -> Any:

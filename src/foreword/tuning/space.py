@@ -19,16 +19,28 @@ SIDE_BY_SIDE = 2
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the space. ``lr`` 0 is the method's own."""
+    """One point of the space. ``lr`` 0: it stays as it begins."""
 
     method: str
     init: str
     virtual_tokens: int
     lr: float
 
+    @property
+    def trained(self) -> bool:
+        """Whether it takes steps."""
+        return self.lr > 0
+
     def __str__(self) -> str:
         """As in messages."""
+        if not self.trained:
+            return f"the model as it is, P={self.virtual_tokens}"
         return f"{self.method} init={self.init} P={self.virtual_tokens} lr={self.lr:g}"
+
+
+UNTRAINED = Candidate("prompt-tuning", "text", 1, 0.0)
+"""The model as it is, behind one virtual token that says nothing: all that is fitted is a bias for each class."""
+UNTRAINED_TEXT = "\n"
 
 
 @dataclass(frozen=True)

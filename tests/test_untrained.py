@@ -1,0 +1,147 @@
+"""The model as it is, as a candidate of ``foreword tune``: behind one virtual token, with a bias for each class."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import foreword
+from conftest import ROWS, Cli
+from foreword.evaluation.scoring import softmax
+from foreword.tuning.space import UNTRAINED, UNTRAINED_TEXT
+
+DATA = [{"text": text, "label": label} for text, label in ROWS]
+CLASSES = ("complaint", "no complaint")
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def tuned(model: Path, out: Path, resume: bool = False, **tune: Any) -> Any:
+    small = {
+        "minutes": 0, "trainings": 5, "members": 3, "folds": 2, "virtual_tokens": (4,), "wording": "given",
+        "methods": ("prompt-tuning",),
+    }  # fmt: skip
+    return foreword.tune(
+        model=str(model), data=DATA, text="text", label="label", out=out, quiet=True, resume=resume,
+        tune=small | tune, train={"epochs": 2, "batch_size": 4},
+    )  # fmt: skip
+
+
+def trials(run: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run / "tune.json").read_text())["trials"]
+    return found
+
+
+def last_alone(truth: Any, tables: list[Any], count: int) -> list[int]:
+    return [len(tables) - 1] * count
+
+
+def last_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
+    return [len(tables) - 1, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("foreword.jobs.tune.select", last_alone)
+        tuned(model_folder, tmp_path_factory.mktemp("alone") / "run")
+    return tmp_path_factory.getbasetemp() / "alone0" / "run"
+
+
+def test_chosen_several_times_it_is_one_adapter_and_holds_one_embedding(alone: Path, model_folder: Path) -> None:
+    assert not (alone / "members").exists()
+    (line_end,) = AutoTokenizer.from_pretrained(model_folder)(UNTRAINED_TEXT)["input_ids"]
+    embeddings = AutoModelForCausalLM.from_pretrained(model_folder).get_input_embeddings().weight
+    (stored,) = load_file(alone / FILES[1]).values()
+    assert torch.equal(stored, embeddings[[line_end]])
+    config = json.loads((alone / FILES[0]).read_text())
+    assert config["prompt_tuning_init_text"] == UNTRAINED_TEXT
+    facts = json.loads((alone / "foreword.json").read_text())["training"]
+    assert (facts["epochs"], facts["lr"]) == (0, 0)
+
+
+def test_it_says_what_the_plain_model_says_with_biases(alone: Path, model_folder: Path) -> None:
+    """Of a plain forward pass over the line end, the text and each class's words."""
+    made = foreword.load(alone)
+    assert len(made.task.biases) == 2
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+    for row in DATA[:3]:
+        scores = []
+        for words in CLASSES:
+            before = tokenizer(UNTRAINED_TEXT + f"{row['text']} Label :")["input_ids"]
+            target = tokenizer(f" {words}")["input_ids"]
+            with torch.no_grad():
+                logprobs = model(torch.tensor([[*before, *target]])).logits[0].double().log_softmax(-1)
+            at = range(len(before) - 1, len(before) - 1 + len(target))
+            scores.append(float(sum(logprobs[i, t] for i, t in zip(at, target, strict=True))))
+        (said,) = made.predict([row["text"]])
+        wanted = softmax(np.array([scores]) + np.array(made.task.biases))[0]
+        assert list(said.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
+def test_people_are_told_that_nothing_was_trained(alone: Path, cli: Cli) -> None:
+    assert "training     none: 10 rows chose wording and biases" in cli("show", alone)[1]
+    assert "the model as it is, not trained" in (alone / "README.md").read_text()
+    assert "untrained" in (alone / "report.html").read_text()
+
+
+def test_its_trial_is_the_last_and_costs_the_search_nothing(alone: Path, model_folder: Path, tmp_path: Path) -> None:
+    tuned(model_folder, tmp_path / "run", untrained="never")
+    *others, last = trials(alone)
+    assert (last["method"], last["epochs"], last["folds"]) == ("untrained", 0, 2)
+    strip = {"seconds": 0}
+    assert [t | strip for t in others] == [t | strip for t in trials(tmp_path / "run")]
+
+
+def test_in_an_ensemble_it_is_a_member_like_others_and_a_resumed_search_makes_the_same(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreword.jobs.tune.select", last_and_first)
+    made = tuned(model_folder, tmp_path / "whole")
+    names = json.loads((tmp_path / "whole" / "tune.json").read_text())["members"]
+    assert names[0] == str(UNTRAINED)
+    assert len(names) == 3
+    assert [m.prompt.tokens for m in made.members] == [1, 4, 4]
+    single = [np.array([list(p.probabilities.values()) for p in m.predict([r["text"] for r in DATA])])
+              for m in made.members]  # fmt: skip
+    both = np.array([list(p.probabilities.values()) for p in made.predict([r["text"] for r in DATA])])
+    assert both == pytest.approx(np.mean(single, axis=0))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("foreword.jobs.tune.write_tuned", interrupt)
+        tuned(model_folder, stopped)
+    shutil.rmtree(stopped / "search" / "members")
+    tuned(model_folder, stopped, resume=True)
+    for number in ("00", "01", "02"):
+        for file in FILES:
+            whole, again = (run / "members" / number / file for run in (tmp_path / "whole", stopped))
+            assert whole.read_bytes() == again.read_bytes()
+
+
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("how", ["unwanted", "at the end", "placed"])
+def test_it_is_no_candidate_where_it_is_unwanted_or_the_virtual_tokens_have_a_place(
+    how: str, model_folder: Path, tmp_path: Path
+) -> None:
+    recipe: dict[str, Any] = {
+        "unwanted": {"tune": {"untrained": "never"}, "text": "text"},
+        "at the end": {"prompt": {"placement": "end"}, "text": "text"},
+        "placed": {"template": "{text} {soft:4} Label :"},
+    }[how]
+    small = {"minutes": 0, "trainings": 4, "members": 1, "folds": 2, "virtual_tokens": (4,),
+             "methods": ("prompt-tuning",), "wording": "given"}  # fmt: skip
+    foreword.tune(
+        model=str(model_folder), data=DATA, label="label", out=tmp_path / "run", quiet=True, train={"epochs": 1},
+        **{**recipe, "tune": small | recipe.get("tune", {})},
+    )  # fmt: skip
+    assert "untrained" not in {t["method"] for t in trials(tmp_path / "run")}
