@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import foreword
 from conftest import ROWS, Cli
+from foreword.data.splits import k_folds
+from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.scoring import softmax
+from foreword.tuning.ensemble import log_losses
 from foreword.tuning.space import UNTRAINED, UNTRAINED_TEXT
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
@@ -84,6 +87,19 @@ def test_it_says_what_the_plain_model_says_with_biases(alone: Path, model_folder
         (said,) = made.predict([row["text"]])
         wanted = softmax(np.array([scores]) + np.array(made.task.biases))[0]
         assert list(said.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
+def test_a_folds_rows_have_the_biases_of_its_other_rows(alone: Path) -> None:
+    made = foreword.load(alone)
+    said = np.log([list(p.probabilities.values()) for p in made.predict([r["text"] for r in DATA])])
+    plain = said - np.array(made.task.biases)
+    truth = np.array([CLASSES.index(r["label"]) for r in DATA])
+    assert made.task.biases == pytest.approx(fitted_biases(plain, truth.tolist(), PLAIN), abs=1e-4)
+    losses = []
+    for keep, out in k_folds([r["label"] for r in DATA], 2, 0):
+        biases = fitted_biases(plain[keep], truth[keep].tolist(), PLAIN)
+        losses += log_losses(truth[out].tolist(), softmax(plain[out] + biases)).tolist()
+    assert trials(alone)[-1]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_people_are_told_that_nothing_was_trained(alone: Path, cli: Cli) -> None:

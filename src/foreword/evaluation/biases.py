@@ -60,7 +60,7 @@ def class_biases(outcome: Outcome, deviation: float = TRAINED) -> tuple[float, .
     return tuple(fitted_biases(_logarithms(outcome.probabilities), outcome.truth, deviation).tolist())
 
 
-def cross_biased(outcome: Outcome, deviation: float = TRAINED) -> Outcome:
+def cross_biased(outcome: Outcome) -> Outcome:
     """The outcome with biases: those of a row are fitted without it, on four fifths of the rows.
 
     The parts have the classes' shares. Free text stays as it is.
@@ -71,16 +71,16 @@ def cross_biased(outcome: Outcome, deviation: float = TRAINED) -> Outcome:
     truth, found = np.array(outcome.truth), table.copy()
     part = np.argsort(np.argsort(truth, kind="stable"), kind="stable") % PARTS
     for out in (part == k for k in range(PARTS)):
-        biases = fitted_biases(_logarithms(table[~out]), truth[~out].tolist(), deviation)
+        biases = fitted_biases(_logarithms(table[~out]), truth[~out].tolist())
         found[out] = rebalanced(table[out], biases.tolist())
     return replace(outcome, probabilities=found)
 
 
-def helpful(outcome: Outcome, deviation: float = TRAINED) -> bool:
+def helpful(outcome: Outcome) -> bool:
     """Whether biases lower the log loss of rows that they were fitted without, by more than a standard error."""
     if outcome.probabilities is None or len(outcome.truth) < PARTS:
         return False
-    after = cross_biased(outcome, deviation).probabilities
+    after = cross_biased(outcome).probabilities
     assert after is not None
     return beyond_chance(log_losses(outcome.truth, outcome.probabilities) - log_losses(outcome.truth, after))
 

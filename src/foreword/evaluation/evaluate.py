@@ -47,6 +47,16 @@ class Outcome:
     firsts: list[int] = field(default_factory=list)
     """The first row with that context ``[m]``."""
 
+    def rows(self, indices: Sequence[int]) -> Outcome:
+        """Those of some rows of classes."""
+        assert self.probabilities is not None
+        return Outcome(
+            [self.truth[i] for i in indices],
+            [self.target_tokens[i] for i in indices],
+            [self.logprobs[i] for i in indices],
+            self.probabilities[list(indices)],
+        )
+
     def rebalanced(self, biases: Sequence[float]) -> Outcome:
         """The same with a bias for each class ``[C]``; a target's own log-probability stays."""
         table = self.probabilities

@@ -22,7 +22,6 @@ from foreword.backbone.choose import Choice, choose_layout
 from foreword.backbone.load import Backbone
 from foreword.config import Member, PromptConfig, Recipe
 from foreword.data.encode import Encoder
-from foreword.data.template import parse
 from foreword.evaluation.evaluate import Outcome, run_rows
 from foreword.evaluation.scoring import target_logprobs
 from foreword.jobs.data import Splits
@@ -32,10 +31,9 @@ from foreword.prompts.methods.base import Method
 from foreword.prompts.methods.registry import METHODS
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
-from foreword.records import Task as Question
 from foreword.training.prepare import prepared
 from foreword.training.state import epochs_for, start, trained_rows
-from foreword.tuning.space import UNTRAINED_TEXT, Candidate
+from foreword.tuning.space import UNTRAINED, UNTRAINED_TEXT, Candidate
 
 DONE = "done.json"
 PROBE_STEPS = 3
@@ -200,6 +198,10 @@ class Workshop:
             return run_rows(self.backbone, prompt, held, ready.encoder.label_ids, layout)
         return Outcome([], [len(e.target) for e in held], target_logprobs(self.backbone, prompt, held, layout))
 
+    def untrained(self, rows: Sequence[int], words: tuple[str, ...]) -> Outcome:
+        """What the model as it is says of rows, with these label words."""
+        return self._outcome(UNTRAINED, self.ready(UNTRAINED, words), self.method(UNTRAINED, 0).soft_prompt(), rows)
+
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
         ready = self.ready(candidate)
@@ -219,12 +221,6 @@ class Workshop:
                 float(able.engine.step().loss.sum())  # waits for the device
                 times.append(time.perf_counter() - began)
         return median(times[1:]) * plan.steps  # the first step also warms up
-
-
-def untrained_too(recipe: Recipe, task: Question) -> bool:
-    """Whether the model as it is is a candidate: not where text is written or the virtual tokens have a place."""
-    in_front = recipe.prompt.placement == "front" and not parse(task.template).soft_tokens
-    return recipe.tune.untrained == "auto" and task.classifies and in_front
 
 
 def search_epochs(rows: int, classes: int) -> int:

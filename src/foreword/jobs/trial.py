@@ -25,8 +25,10 @@ class Trial:
     """Folds of this rung."""
     seconds: float
     """Of this rung."""
-    deviation: float
-    """Of a class's bias before a row is seen, in nats; 0: classes have none."""
+    biasing: bool = False
+    """Whether classes may have biases that the outcomes are without."""
+    fitted: tuple[float, ...] = ()
+    """Those that the outcomes have already: of the classes, by all rows."""
 
     @cached_property
     def _pooled(self) -> Outcome:
@@ -34,17 +36,17 @@ class Trial:
 
     @cached_property
     def _biased(self) -> bool:
-        return self.deviation > 0 and helpful(self._pooled, self.deviation)
+        return self.biasing and helpful(self._pooled)
 
     @cached_property
     def outcome(self) -> Outcome:
         """All folds pooled; where classes have biases, each row with those that were fitted without it."""
-        return cross_biased(self._pooled, self.deviation) if self._biased else self._pooled
+        return cross_biased(self._pooled) if self._biased else self._pooled
 
     @property
     def biases(self) -> tuple[float, ...]:
         """Of the classes, by all folds, where they help; else none."""
-        return class_biases(self._pooled, self.deviation) if self._biased else ()
+        return class_biases(self._pooled) if self._biased else self.fitted
 
     @property
     def loss(self) -> float:

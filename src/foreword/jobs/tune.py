@@ -19,17 +19,18 @@ from foreword.data.labels import label_names
 from foreword.data.raft import filled_in
 from foreword.data.splits import k_folds, sample
 from foreword.errors import ForewordError
-from foreword.evaluation.biases import PLAIN, TRAINED, says_shares
+from foreword.evaluation.biases import says_shares
 from foreword.evaluation.evaluate import pooled
 from foreword.evaluation.scoring import Floats
 from foreword.evaluation.together import averaged
-from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done, untrained_too
+from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
 from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.train import begun, check_names, mark_started
 from foreword.jobs.training import say
 from foreword.jobs.trial import Trial
 from foreword.jobs.tuned import Expected, Made, write_tuned
+from foreword.jobs.untrained import untrained_too, untrained_trial
 from foreword.jobs.wording import Fold, Wording, settle_wording
 from foreword.parallel.world import ALONE, World
 from foreword.prompts.methods.context_tuning import own_tokens
@@ -38,7 +39,7 @@ from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_losses, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import UNTRAINED, Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
+from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -107,7 +108,7 @@ class _Search:
         self.workshop = Workshop(recipe, self.splits, backbone, console)
         self.crew = self._crew(together)
         counts = [labels.count(name) for name in set(labels)]
-        self.says_shares = says_shares(counts)
+        self.biasing = recipe.tune.biases == "auto" and says_shares(counts)
         self.share = self._rows_read(len(self.searched)) / self._rows_read(len(table))
         self.trials: list[Trial] = []
 
@@ -118,7 +119,7 @@ class _Search:
         for number, rung in enumerate(self._later_rungs(budget), start=1):
             kept = survivors(found, rung.candidates, lambda t: t.loss, lambda t: t.candidate.method)
             found = self._rung(number, kept, rung.folds)
-        found += self._untrained(len(budget.rungs))
+        found += self._untrained()
         chosen = self._chosen(found, self._affordable(budget))
         members = self._members(found, chosen)
         if not (self.world.first or self.world.layout.sharded):
@@ -269,20 +270,16 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        epochs = self.workshop.epochs(len(self.searched)) if candidate.trained else 0
-        return Trial(0, candidate, epochs, (), 0, 0.0, self._deviation(candidate))
+        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biasing)
 
-    def _deviation(self, candidate: Candidate) -> float:
-        """Of its classes' biases. The plain model leans to some class however many rows of each were drawn."""
-        if self.recipe.tune.biases == "never":
-            return 0.0
-        return PLAIN if not candidate.trained else TRAINED if self.says_shares else 0.0
-
-    def _untrained(self, number: int) -> list[Trial]:
-        """The model as it is, on all folds, if it is a candidate."""
+    def _untrained(self) -> list[Trial]:
+        """The model as it is, if it is a candidate. It leans to some class however many rows of each were drawn."""
         if not untrained_too(self.recipe, self.splits.task):
             return []
-        return self._rung(number, [self._new(UNTRAINED)], len(self.folds))
+        biasing = self.recipe.tune.biases == "auto"
+        found = [untrained_trial(self.workshop, self.folds, self.wording.fold_words, biasing)]
+        self._tell(found)
+        return found
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""

@@ -23,10 +23,10 @@ from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.evaluate import run_plain
 from foreword.evaluation.scoring import Floats, softmax
 from foreword.evaluation.words import learnt_words, next_logprobs
-from foreword.jobs.candidates import untrained_too
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
+from foreword.jobs.untrained import untrained_too
 from foreword.records import Table, Task
 from foreword.tuning.ensemble import beyond_chance
 
