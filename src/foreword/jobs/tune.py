@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from foreword.artifact.atomic import write_atomic
@@ -313,13 +314,17 @@ class _Search:
             say(self.console, f"  {trial.candidate}: loss {trial.loss:.3f}{accuracy}")
 
     def _chosen(self, found: Sequence[Trial], count: int) -> list[int]:
-        """Which of the last rung the members are, by out-of-fold probabilities; of free text the best alone."""
+        """Which of what is left the members are, by out-of-fold probabilities; of free text the best alone.
+
+        ``count`` of them take a training; the model as it is comes on top.
+        """
         tables = [t.outcome.probabilities for t in found]
         if tables[0] is None:
             return [min(range(len(found)), key=lambda i: found[i].loss)]
-        chosen = select(found[0].outcome.truth, [t for t in tables if t is not None], count)
+        chosen = select(found[0].outcome.truth, [t for t in tables if t is not None], self._most_members())
+        trained = np.cumsum([found[i].candidate.trained for i in chosen])
         # Trained again it is another soft prompt; the model as it is stays the same one.
-        return chosen if any(found[i].candidate.trained for i in chosen) else chosen[:1]
+        return chosen[: np.searchsorted(trained, count, side="right")] if trained[-1] else chosen[:1]
 
     def _members(self, found: Sequence[Trial], chosen: Sequence[int]) -> list[Made]:
         """The chosen, trained on all rows, each with a seed of its own; in the order in which they were chosen."""
