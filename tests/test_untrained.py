@@ -141,6 +141,20 @@ def test_in_an_ensemble_it_is_a_member_like_others_and_a_resumed_search_makes_th
             assert whole.read_bytes() == again.read_bytes()
 
 
+def test_it_takes_the_place_of_no_trained_member(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alternating(truth: Any, tables: list[Any], count: int) -> list[int]:
+        return [(len(tables) - 1) * (i % 2) for i in range(count)]
+
+    monkeypatch.setattr("foreword.jobs.tune.select", alternating)
+    tuned(model_folder, tmp_path / "run", members=8)
+    affordable = json.loads((tmp_path / "run" / "search" / "members.json").read_text())["count"]
+    assert 1 <= affordable < 4
+    names = json.loads((tmp_path / "run" / "tune.json").read_text())["members"]
+    assert names.count(str(UNTRAINED)) == len(names) - affordable == affordable
+
+
 def interrupt(*args: Any) -> None:
     raise KeyboardInterrupt
 
