@@ -277,10 +277,14 @@ class _Search:
         """The model as it is, if it is a candidate. It leans to some class however many rows of each were drawn."""
         if not untrained_too(self.recipe, self.splits.task):
             return []
-        biasing = self.recipe.tune.biases == "auto"
-        found = [untrained_trial(self.workshop, self.folds, self.wording.fold_words, biasing)]
-        self._tell(found)
-        return found
+        mine: Trial | None = None
+        if self.world.first or self.world.layout.sharded:
+            biasing = self.recipe.tune.biases == "auto"
+            mine = untrained_trial(self.workshop, self.folds, self.wording.fold_words, biasing)
+        found = self.world.said_by_first(mine)
+        assert found is not None, "the first process has one"
+        self._tell([found])
+        return [found]
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
