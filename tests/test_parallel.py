@@ -30,7 +30,11 @@ TESTS = Path(__file__).parent
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 SHARED: Mapping[str, Any] = {"verb": "train", "data": DATA, "text": "text", "label": "label"}
 TRAIN = {"epochs": 2, "batch_size": 4}
-SEARCH = {"minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,)}
+SEARCH = {
+    "minutes": 0, "trainings": 9, "members": 3, "folds": 2, "virtual_tokens": (4,), "untrained": "never",
+}  # fmt: skip
+WITH_PLAIN = {**SEARCH, "trainings": 3, "methods": ("prompt-tuning",), "untrained": "auto"}
+"""The tiny model as it is does better than the little that is trained."""
 FORMS: Mapping[str, Mapping[str, Any]] = {
     "rows": {"eval_data": DATA[:5]},
     "hard": {"train": {**TRAIN, "batch_size": 2, "accumulate": 2, "clip": 1.0, "recompute": True}},
@@ -112,6 +116,8 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs[2] += [{**again, "stop": 4}, {**again, "resume": True}]
     jobs[2].append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "tuned"), "tune": SEARCH,
                     "train": TRAIN, "slow": 0.6})  # fmt: skip
+    jobs[2].append({**SHARED, "verb": "tune", "model": str(model), "out": str(out / "plain"), "tune": WITH_PLAIN,
+                    "train": TRAIN})  # fmt: skip
     launch(model, jobs, out)
     return out
 
@@ -180,13 +186,16 @@ def test_interrupted_and_resumed_by_as_many_is_uninterrupted_byte_for_byte(runs:
     assert [s["loss"] for s in steps(resumed)] == [s["loss"] for s in steps(whole)]
 
 
-def test_a_search_over_processes_is_the_search_of_one(runs: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "search"), [("tuned", SEARCH), ("plain", WITH_PLAIN)])
+def test_a_search_over_processes_is_the_search_of_one(
+    name: str, search: dict[str, Any], runs: Path, model: Path, tmp_path: Path
+) -> None:
     """Also where one process is busy for longer than the others wait for a step."""
     foreword.tune(
         model=str(model), data=DATA, text="text", label="label", out=tmp_path / "one", quiet=True, train=TRAIN,
-        tune=SEARCH,
+        tune=search,
     )  # fmt: skip
-    same_search(runs / "tuned", tmp_path / "one")
+    same_search(runs / name, tmp_path / "one")
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, by the dozen
@@ -213,8 +222,10 @@ def same_search(one: Path, other: Path) -> None:
             k: v for k, v in reference.items() if k not in ("seconds", "loss")
         }
         assert mine["loss"] == pytest.approx(reference["loss"], abs=1e-5)
-    for member in sorted((other / "members").iterdir()):
-        mine, reference = (load_file(r / "members" / member.name / WEIGHTS) for r in (one, other))
+    files = sorted(other.rglob(WEIGHTS))
+    assert len(files) == len(theirs["members"])
+    for file in files:
+        mine, reference = (load_file(r / file.relative_to(other)) for r in (one, other))
         for name, tensor in reference.items():
             torch.testing.assert_close(mine[name], tensor, atol=2e-5, rtol=0)
 

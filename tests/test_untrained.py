@@ -52,10 +52,11 @@ def last_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("foreword.jobs.tune.select", last_alone)
-        tuned(model_folder, tmp_path_factory.mktemp("alone") / "run")
-    return tmp_path_factory.getbasetemp() / "alone0" / "run"
+        tuned(model_folder, out)
+    return out
 
 
 def test_chosen_several_times_it_is_one_adapter_and_holds_one_embedding(alone: Path, model_folder: Path) -> None:
