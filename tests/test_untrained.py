@@ -42,6 +42,10 @@ def trials(run: Path) -> list[dict[str, Any]]:
     return found
 
 
+def said(used: Any) -> np.ndarray[Any, Any]:
+    return np.array([list(p.probabilities.values()) for p in used.predict([r["text"] for r in DATA])])
+
+
 def last_alone(truth: Any, tables: list[Any], count: int) -> list[int]:
     return [len(tables) - 1] * count
 
@@ -85,15 +89,14 @@ def test_it_says_what_the_plain_model_says_with_biases(alone: Path, model_folder
                 logprobs = model(torch.tensor([[*before, *target]])).logits[0].double().log_softmax(-1)
             at = range(len(before) - 1, len(before) - 1 + len(target))
             scores.append(float(sum(logprobs[i, t] for i, t in zip(at, target, strict=True))))
-        (said,) = made.predict([row["text"]])
+        (found,) = made.predict([row["text"]])
         wanted = softmax(np.array([scores]) + np.array(made.task.biases))[0]
-        assert list(said.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
+        assert list(found.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
 
 
 def test_a_folds_rows_have_the_biases_of_its_other_rows(alone: Path) -> None:
     made = foreword.load(alone)
-    said = np.log([list(p.probabilities.values()) for p in made.predict([r["text"] for r in DATA])])
-    plain = said - np.array(made.task.biases)
+    plain = np.log(said(made)) - np.array(made.task.biases)
     truth = np.array([CLASSES.index(r["label"]) for r in DATA])
     assert made.task.biases == pytest.approx(fitted_biases(plain, truth.tolist(), PLAIN), abs=1e-4)
     losses = []
@@ -126,10 +129,7 @@ def test_in_an_ensemble_it_is_a_member_like_others_and_a_resumed_search_makes_th
     assert names[0] == str(UNTRAINED)
     assert len(names) == 3
     assert [m.prompt.tokens for m in made.members] == [1, 4, 4]
-    single = [np.array([list(p.probabilities.values()) for p in m.predict([r["text"] for r in DATA])])
-              for m in made.members]  # fmt: skip
-    both = np.array([list(p.probabilities.values()) for p in made.predict([r["text"] for r in DATA])])
-    assert both == pytest.approx(np.mean(single, axis=0))
+    assert said(made) == pytest.approx(np.mean([said(m) for m in made.members], axis=0))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("foreword.jobs.tune.write_tuned", interrupt)

@@ -31,6 +31,11 @@ class Sidecar:
     training: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def untrained(self) -> bool:
+        """Whether it is the model as it is, of which nothing was trained."""
+        return self.training.get("epochs") == 0
+
     def to_json(self) -> str:
         """Sorted, indented JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

@@ -50,7 +50,7 @@ def print_run(folder: Path, console: Console) -> None:
         seconds, steps = sidecar.training.get("seconds"), sidecar.training.get("steps")
         if "how" in sidecar.training:
             facts["made"] = f"{sidecar.training['how']} from {', '.join(sidecar.training['from'])}"
-        elif sidecar.training.get("epochs") == 0:
+        elif sidecar.untrained:
             facts["training"] = f"none: {sidecar.training.get('rows')} rows chose wording and biases"
         else:
             facts["training"] = f"{sidecar.training.get('rows')} rows, {steps} steps, {seconds} s"

@@ -57,7 +57,7 @@ def class_biases(outcome: Outcome, deviation: float = TRAINED) -> tuple[float, .
     """The biases of a classifier by its outcome on rows that it was not trained on; none of free text."""
     if outcome.probabilities is None:
         return ()
-    return tuple(fitted_biases(_logarithms(outcome.probabilities), outcome.truth, deviation).tolist())
+    return tuple(fitted_biases(logarithms(outcome.probabilities), outcome.truth, deviation).tolist())
 
 
 def cross_biased(outcome: Outcome) -> Outcome:
@@ -71,20 +71,22 @@ def cross_biased(outcome: Outcome) -> Outcome:
     truth, found = np.array(outcome.truth), table.copy()
     part = np.argsort(np.argsort(truth, kind="stable"), kind="stable") % PARTS
     for out in (part == k for k in range(PARTS)):
-        biases = fitted_biases(_logarithms(table[~out]), truth[~out].tolist())
+        biases = fitted_biases(logarithms(table[~out]), truth[~out].tolist())
         found[out] = rebalanced(table[out], biases.tolist())
     return replace(outcome, probabilities=found)
 
 
-def helpful(outcome: Outcome) -> bool:
-    """Whether biases lower the log loss of rows that they were fitted without, by more than a standard error."""
+def helpful(outcome: Outcome) -> Outcome | None:
+    """The outcome with biases (``cross_biased``) if they lower the log loss by more than a standard error."""
     if outcome.probabilities is None or len(outcome.truth) < PARTS:
-        return False
-    after = cross_biased(outcome).probabilities
-    assert after is not None
-    return beyond_chance(log_losses(outcome.truth, outcome.probabilities) - log_losses(outcome.truth, after))
+        return None
+    found = cross_biased(outcome)
+    assert found.probabilities is not None
+    before, after = (log_losses(outcome.truth, o) for o in (outcome.probabilities, found.probabilities))
+    return found if beyond_chance(before - after) else None
 
 
-def _logarithms(probabilities: Floats) -> Floats:
+def logarithms(probabilities: Floats) -> Floats:
+    """Log-probabilities, finite where one is 0."""
     found: Floats = np.log(np.maximum(probabilities, SMALLEST))
     return found

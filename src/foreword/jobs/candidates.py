@@ -186,7 +186,7 @@ class Workshop:
     def _made(self, folder: Path, task: Task) -> tuple[list[Method], float, dict[str, Any]]:
         """A task's candidates, trained if they are; seconds that the steps took, which may be of an earlier run."""
         if not task.group[0][0].trained:
-            return [self.method(candidate, seed) for candidate, seed in task.group], 0.0, {}
+            return [self.method(candidate, seed) for candidate, seed in task.group], 0.0, {"epochs": 0}
         found = self.train(folder, task)
         return [state.kept for state in found.population.states], found.population.seconds, found.figures
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from foreword.evaluation.biases import class_biases, cross_biased, helpful
+from foreword.evaluation.biases import class_biases, helpful
 from foreword.evaluation.evaluate import Outcome, pooled
 from foreword.evaluation.metrics import point_scores
 from foreword.tuning.ensemble import log_loss
@@ -35,13 +35,13 @@ class Trial:
         return pooled(self.folds)
 
     @cached_property
-    def _biased(self) -> bool:
-        return self.biasing and helpful(self._pooled)
+    def _biased(self) -> Outcome | None:
+        return helpful(self._pooled) if self.biasing else None
 
-    @cached_property
+    @property
     def outcome(self) -> Outcome:
         """All folds pooled; where classes have biases, each row with those that were fitted without it."""
-        return cross_biased(self._pooled) if self._biased else self._pooled
+        return self._biased or self._pooled
 
     @property
     def biases(self) -> tuple[float, ...]:

@@ -115,8 +115,8 @@ class _Search:
 
     def run(self) -> None:
         """Search, members, scores, files."""
-        budget = self._budget(self.size, self.first)
-        found = self._first_rung(self.sampler, budget.rungs[0])
+        budget = self._budget()
+        found = self._first_rung(budget.rungs[0])
         for number, rung in enumerate(self._later_rungs(budget), start=1):
             kept = survivors(found, rung.candidates, lambda t: t.loss, lambda t: t.candidate.method)
             found = self._rung(number, kept, rung.folds)
@@ -196,14 +196,14 @@ class _Search:
             return False
         return True
 
-    def _budget(self, size: int, first: Candidate) -> Budget:
-        """Rungs and members that the budget allows, decided once by the time that ``first`` takes."""
+    def _budget(self) -> Budget:
+        """Rungs and members that the budget allows, decided once by the time that the first candidate takes."""
         config = self.recipe.tune
 
         def decide() -> dict[str, Any]:
-            second = self.workshop.unit_seconds(first)
+            second = self.workshop.unit_seconds(self.first)
             units = self._seconds / second if config.minutes else config.trainings
-            found = plan(units, size, config.folds, self._most_members(), self.share)
+            found = plan(units, self.size, config.folds, self._most_members(), self.share)
             return {"unit_seconds": second, "units": units, "rungs": [asdict(r) for r in found.rungs],
                     "members": found.members}  # fmt: skip
 
@@ -224,16 +224,16 @@ class _Search:
     def _most_members(self) -> int:
         return self.recipe.tune.members if self.splits.task.classifies else 1
 
-    def _first_rung(self, sampler: Sampler, rung: Rung) -> list[Trial]:
+    def _first_rung(self, rung: Rung) -> list[Trial]:
         """Two halves, so that a sampler that learns has something to learn from."""
         learns = self.recipe.tune.sampler != "list"
         counts = [rung.candidates - rung.candidates // 2, rung.candidates // 2] if learns else [rung.candidates]
         found: list[Trial] = []
         for count in filter(None, counts):
-            asked = [self._new(candidate) for candidate in sampler.ask(count)]
+            asked = [self._new(candidate) for candidate in self.sampler.ask(count)]
             fresh = self._rung(0, asked, rung.folds)
             for trial in fresh:
-                sampler.tell(trial.candidate, trial.loss)
+                self.sampler.tell(trial.candidate, trial.loss)
             found += fresh
         return found
 

@@ -164,7 +164,6 @@ def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, A
     adapter = adapter if ready.encoder.at_front else placed_config(adapter)
     facts = {
         **_shared_facts(workshop), **asdict(made.candidate), "init_text": text, "seed": made.seed,
-        **({} if made.candidate.trained else {"epochs": 0}),
         "trainable": sum(p.numel() for p in kept.parameters() if p.requires_grad), **made.figures,
     }  # fmt: skip
     sidecar = Sidecar(task, backbone_facts(backbone), scores, facts, library_versions())

@@ -19,7 +19,7 @@ from foreword.backbone.load import Backbone
 from foreword.config import DataConfig, Recipe
 from foreword.data.raft import is_task, read_task
 from foreword.data.template import default_template, with_closing
-from foreword.evaluation.biases import PLAIN, fitted_biases
+from foreword.evaluation.biases import PLAIN, fitted_biases, logarithms
 from foreword.evaluation.evaluate import run_plain
 from foreword.evaluation.scoring import Floats, softmax
 from foreword.evaluation.words import learnt_words, next_logprobs
@@ -208,7 +208,7 @@ class _Trial:
         """Each, judged."""
         outcome = run_plain(self.backbone, self.examples, self.encoder.label_ids, "rows")
         assert outcome.probabilities is not None, "the task has classes"
-        given = np.log(np.maximum(outcome.probabilities, 1e-30))
+        given = logarithms(outcome.probabilities)
         same = (self.task.words,) * len(self.folds)
         found = [self._judged(self.task.words, same, [given] * len(self.folds))]
         if learnt:

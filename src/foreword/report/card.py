@@ -70,7 +70,7 @@ def _origin(sidecar: Sidecar) -> str:
     training = sidecar.training
     if "how" in training:
         return f"{training['how']} by Foreword from {', '.join(f'`{s}`' for s in training['from'])}"
-    if training.get("epochs") == 0:
+    if sidecar.untrained:
         return f"the model as it is, not trained: {training['rows']} rows chose its wording and its classes' biases"
     return f"trained with Foreword on {training['rows']} rows"
 

@@ -153,8 +153,11 @@ def spread(found: Spread) -> Markup | None:
     for t in trials:
         if float(t["lr"]) > 0:  # the axis is logarithmic
             groups.setdefault(str(t["init"]), []).append((float(t["lr"]), float(t["score"])))
-    rates = [el("h3", "By learning rate"), scatter_chart(groups, "learning rate", found.measure)] if groups else []
-    rates += [legend(list(groups))] if len(groups) > 1 else []
+    rates = [
+        el("h3", "By learning rate"),
+        scatter_chart(groups, "learning rate", found.measure),
+        legend(list(groups)) if len(groups) > 1 else None,
+    ] if groups else []  # fmt: skip
     facets = [name for name in FACETS if name == "init" or len({str(t.get(name)) for t in trials}) > 1]
     strips = [el("div", *_strip(trials, name, found.measure)) for name in facets]
     better = "less is better" if found.lower else "more is better"
@@ -163,7 +166,7 @@ def spread(found: Spread) -> Markup | None:
     note += f" {lost} without a finite value left out." if lost else ""
     return section(
         "Trainings side by side",
-        el("div", *([el("div", *rates)] if rates else []), *strips, class_="pair"),
+        el("div", el("div", *rates) if rates else None, *strips, class_="pair"),
         el("details", el("summary", "All trainings"), _trials(found)),
         note=note,
     )
