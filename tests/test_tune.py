@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
@@ -20,7 +20,7 @@ from conftest import ROWS, Cli
 from foreword.config import TuneConfig
 from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
-from foreword.tuning.ensemble import log_loss, mean_table, select
+from foreword.tuning.ensemble import log_loss, select, shares
 from foreword.tuning.halving import Budget, Rung, plan
 from foreword.tuning.space import Known, Listed, Optuna, candidates, survivors
 
@@ -125,20 +125,42 @@ def random_tables(seed: int, count: int, rows: int = 12, classes: int = 3) -> tu
     return rng.integers(0, classes, rows).tolist(), [rng.dirichlet(np.ones(classes), rows) for _ in range(count)]
 
 
-@given(st.integers(0, 10_000), st.integers(1, 4))
-def test_members_are_chosen_as_by_trying_everything_step_by_step(seed: int, count: int) -> None:
-    truth, tables = random_tables(seed, 4)
+def penalised(weights: Any, truth: list[int], tables: list[Any], prior_rows: float) -> float:
+    """What the shares have least of: loss of the rows and of the prior, in nats."""
+    likelihoods = np.array([[table[i][own] for i, own in enumerate(truth)] for table in tables])
+    return float(-np.log(weights @ likelihoods).sum() - prior_rows / len(tables) * np.log(weights).sum())
+
+
+@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([3.0, 12.0, 100.0]))
+def test_shares_are_what_a_general_optimiser_finds(seed: int, count: int, prior_rows: float) -> None:
+    truth, tables = random_tables(seed, count)
+
+    def loss(logits: Any) -> float:
+        return penalised(scipy.special.softmax(logits), truth, tables, prior_rows)
+
+    wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(count), tol=1e-10).x)
+    found = shares(truth, tables, prior_rows)
+    assert found.sum() == pytest.approx(1)
+    assert penalised(found, truth, tables, prior_rows) <= penalised(wanted, truth, tables, prior_rows) + 1e-6
+    assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_more_rows_that_say_the_same_outweigh_the_prior() -> None:
+    sure, unsure = np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])
+    of_best = [shares([0] * n, [np.repeat(t, n, 0) for t in (sure, unsure)])[0] for n in (1, 30, 1000)]
+    assert 0.5 < of_best[0] < of_best[1] < of_best[2] < 1
+    assert of_best[2] > 0.9
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_the_first_member_is_the_best_alone_and_all_have_places_by_their_shares(seed: int, count: int) -> None:
+    truth, tables = random_tables(seed, 3)
     chosen = select(truth, tables, count)
-    for k in range(count):
-        losses = [log_loss(truth, mean_table(tables, [*chosen[:k], i])) for i in range(len(tables))]
-        assert losses[chosen[k]] == pytest.approx(min(losses))
-
-
-def test_two_members_are_the_best_that_can_stand_beside_the_best() -> None:
-    truth, tables = random_tables(1, 5)
-    first, second = select(truth, tables, 2)
-    pairs = [(log_loss(truth, mean_table(tables, [a, b])), a, b) for a, b in product(range(5), repeat=2) if a == first]
-    assert (first, second) == min(pairs)[1:]
+    losses = [log_loss(truth, t) for t in tables]
+    assert losses[chosen[0]] == min(losses)
+    assert chosen == select(truth, tables, 9)[:count]
+    places, wanted = np.bincount(chosen, minlength=3), count * shares(truth, tables)
+    assert np.abs(places - wanted).max() <= 1.5
 
 
 def test_the_loss_is_scikit_learns() -> None:
