@@ -60,9 +60,9 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   which test rows there are: 300 test rows by themselves are good to 0.03-0.06 in accuracy. A subset of test rows is
   the same for all contenders and seeds.
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
-  likeliest, and never writes anything else. `foreword tune` alone finds its own wording; its runs on SST-2 are older
-  than that and have the shared one. Those on TREC and on Subj's first draw are older than the model as it is among the
-  candidates (docs/log.md).
+  likeliest, and never writes anything else. `foreword tune` alone finds its own wording. Its runs are of several
+  days' code (docs/log.md): on SST-2 they have the shared words; there, on TREC and on Subj's first draw the model as
+  it is was no candidate; on those, Subj's second and the first of AG News and CLINC150 members were chosen greedily.
 
 Contenders:
 

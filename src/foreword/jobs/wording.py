@@ -28,7 +28,7 @@ from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
 from foreword.jobs.untrained import untrained_too
 from foreword.records import Table, Task
-from foreword.tuning.ensemble import beyond_chance
+from foreword.tuning.ensemble import beyond_chance, log_losses
 
 CLOSINGS = ("\nThis is", "\nThis is a", "\nIt is about", "\nOverall, it is", "\nType:", "\nTopic:")
 """What may stand behind the text instead of a closing that nobody chose."""
@@ -227,7 +227,7 @@ class _Trial:
         truth = np.array(self.labels)
         for (keep, out), table in zip(self.folds, scores, strict=True):
             biases = fitted_biases(table[keep], truth[keep].tolist(), PLAIN)
-            losses[out] = -np.log(softmax(table[out] + biases)[range(len(out)), truth[out]])
+            losses[out] = log_losses(truth[out].tolist(), softmax(table[out] + biases))
         return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
 
     def _learnt(self, table: Floats, rows: Sequence[int]) -> list[int]:
