@@ -21,10 +21,15 @@ STEPS = 300
 """Of expectation-maximisation."""
 
 
+def likelihoods(truth: Sequence[int], probabilities: Floats) -> Floats:
+    """Probability of each row's true class ``[n]``, at least ``TINY``; ``probabilities`` ``[n, C]``."""
+    found: Floats = np.maximum(probabilities[np.arange(len(truth)), np.asarray(truth)], TINY)
+    return found
+
+
 def log_losses(truth: Sequence[int], probabilities: Floats) -> Floats:
-    """Negative log-probability of each row's true class ``[n]``, in nats; ``probabilities`` ``[n, C]``."""
-    own = probabilities[np.arange(len(truth)), np.asarray(truth)]
-    found: Floats = -np.log(np.maximum(own, TINY))
+    """Negative logarithms of ``likelihoods`` ``[n]``, in nats."""
+    found: Floats = -np.log(likelihoods(truth, probabilities))
     return found
 
 
@@ -46,10 +51,10 @@ def shares(truth: Sequence[int], tables: Sequence[Floats], prior_rows: float = P
         tables: out-of-fold probabilities of each candidate ``[n, C]``.
         prior_rows: rows that say nothing but that all are as good.
     """
-    likelihoods = np.exp([-log_losses(truth, t) for t in tables])
+    each = np.array([likelihoods(truth, t) for t in tables])
     weights = np.full(len(tables), 1 / len(tables))
     for _ in range(STEPS):
-        joint = weights[:, None] * likelihoods
+        joint = weights[:, None] * each
         counts = (joint / joint.sum(axis=0)).sum(axis=1) + prior_rows / len(tables)
         weights = counts / counts.sum()
     return weights
