@@ -20,6 +20,7 @@ from foreword.config import DataConfig
 from foreword.data.splits import k_folds
 from foreword.data.template import parse, with_closing
 from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
+from foreword.jobs.candidates import Task, Workshop
 from foreword.jobs.data import read_splits
 from foreword.jobs.tune import _Search
 from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, duel, finalists, thinned
@@ -203,9 +204,10 @@ def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: P
 def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the losses that the search then has of its first candidate, as all rows are looked at."""
+    """By the losses that the search then has of its first candidate, as all rows are looked at; none trains twice."""
     told: list[tuple[Wording, float]] = []
-    trained = _Search._losses_in
+    trainings: list[Any] = []
+    trained, train = _Search._losses_in, Workshop.train
 
     def both(found: Sequence[Judged], task: Any) -> list[Judged]:
         return [found[0], next(j for j in found if j.wording.words != CLASSES)]
@@ -215,8 +217,13 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
         told.append((wording, float(losses.mean())))
         return losses
 
+    def noting(self: Workshop, folder: Path, task: Task) -> Any:
+        trainings.extend((self.splits.task.template, task.words, one, task.keep) for one in task.group)
+        return train(self, folder, task)
+
     monkeypatch.setattr("foreword.jobs.wording.finalists", both)
     monkeypatch.setattr(_Search, "_losses_in", listening)
+    monkeypatch.setattr(Workshop, "train", noting)
     rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog") for r in DATA]
     tuned(model_folder, tmp_path / "run", {"trainings": 6, "untrained": "never"}, data=rows)
     (_, first), (_, second) = told
@@ -226,7 +233,8 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     assert (decided["template"], tuple(decided["words"])) == (best.template, best.words)
     assert decided["seconds"] > 0
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
-    assert min(abs(t["loss"] - loss) for t in trials if t["folds"] == 2) < 1e-6
+    assert min(abs(t["loss"] - loss) for t in trials if t["folds"] == 2) < 1e-9
+    assert len(trainings) == len(set(trainings)) > 4
 
 
 def test_what_somebody_wrote_stays(cli: Cli, model_folder: Path, tmp_path: Path) -> None:

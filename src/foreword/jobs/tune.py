@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Done, Task, Workshop, grouped, read_done
 from foreword.jobs.crew import Crew, OneByOne, Ranks, RayWorkers
 from foreword.jobs.data import Splits, read_splits
+from foreword.jobs.proposals import proposals
 from foreword.jobs.train import begun, check_names, mark_started
 from foreword.jobs.training import say
 from foreword.jobs.trial import Trial
@@ -34,13 +35,11 @@ from foreword.jobs.tuned import Expected, Made, write_tuned
 from foreword.jobs.untrained import untrained_too, untrained_trial
 from foreword.jobs.wording import Fold, Wording, settle_wording
 from foreword.parallel.world import ALONE, World
-from foreword.prompts.methods.context_tuning import own_tokens
-from foreword.prompts.methods.registry import EXAMPLES, find
 from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_losses, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import Candidate, Known, Listed, Optuna, Sampler, candidates, survivors
+from foreword.tuning.space import Candidate, survivors
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -101,7 +100,7 @@ class _Search:
             for keep, out in k_folds([labels[i] for i in self.searched], recipe.tune.folds, recipe.tune.seed)
         ]
         self.workshop = Workshop(recipe, splits, backbone, console)
-        self.sampler, self.size, self.first = self._sampler()
+        self.sampler, self.size, self.first = proposals(recipe, self.workshop)
         self.wording = settle_wording(
             recipe, splits, backbone, self.folds, self._decided, self._losses_in, self.console
         )
@@ -134,14 +133,22 @@ class _Search:
         """Log losses of the rows left out, fold by fold, after the first candidate was trained in a wording."""
         task = wording.task(self.splits.task)
         workshop = Workshop(self.recipe, replace(self.splits, task=task), self.workshop.backbone, self.console)
-        group, outcomes = ((self.first, self.recipe.tune.seed),), []
-        for number, ((keep, out), words) in enumerate(zip(folds, wording.fold_words, strict=True), start=1):
-            epochs, fold = workshop.epochs(len(keep)), f"{name}/fold-{number}"
-            one = Task(fold, group, tuple(keep), tuple(out), epochs, f"wording, fold {number}", words)
-            outcomes += workshop.carry_out(one, self.out / SEARCH / fold).outcomes
+        outcomes = []
+        for number, fold in enumerate(folds):
+            one = self._duel_task(name, number, fold, wording.fold_words[number])
+            done = workshop.carry_out(one, self.out / SEARCH / one.name)
+            done.write(self.out / SEARCH / one.name)
+            outcomes += done.outcomes
         found = pooled(outcomes)
         assert found.probabilities is not None, "the task has classes"
         return log_losses(found.truth, found.probabilities)
+
+    def _duel_task(self, name: str, number: int, fold: Fold, words: tuple[str, ...]) -> Task:
+        """The first candidate in a wording of this name, as a search on the rows of the folds trains it."""
+        keep, out = fold
+        epochs, group = self.workshop.epochs(len(keep) + len(out)), ((self.first, self.recipe.tune.seed),)
+        folder, title = f"wording/{name}/fold-{number + 1}", f"wording, fold {number + 1}"
+        return Task(folder, group, tuple(keep), tuple(out), epochs, title, words)
 
     def _rows_read(self, rows: int) -> int:
         """In a whole training on so many."""
@@ -152,49 +159,6 @@ class _Search:
         if tune.ray:
             return RayWorkers(self.recipe, self.splits, tune.ray, tune.ray_workers)
         return Ranks(self.workshop, self.world) if self.world.several and not together else OneByOne(self.workshop)
-
-    def _sampler(self) -> tuple[Sampler, int, Candidate]:
-        """What proposes candidates, of the methods that this backbone can do; how many there are; the first."""
-        config = self.recipe.tune
-        known = {m: self._known(m) for m in config.methods}
-        config = replace(config, inits=tuple(dict.fromkeys(self._sized(i) for i in config.inits)))
-        able = tuple(m for m in config.methods if self._works(candidates(replace(config, methods=(m,)), known)[0]))
-        if not able:
-            raise ForewordError("no method of the list works with this backbone", "key tune.methods", "give others")
-        config = replace(config, methods=able)
-        space = candidates(config, known)
-        if config.sampler == "optuna":
-            return Optuna(config, known, config.seed), max(len(space), 4 * len(able)), space[0]
-        return Listed(config, known), len(space), space[0]
-
-    def _known(self, method: str) -> Known:
-        """What a method says itself."""
-        found = find(method)
-        rate = found.rate(self.recipe.prompt)
-        return Known(rate, EXAMPLES, own_tokens(self.workshop.backbone.window)) if found.shows_rows else Known(rate)
-
-    def _sized(self, init: str) -> str:
-        """``+classes`` without a number takes a row a class, as far as half of the smallest soft prompt goes.
-
-        Free text has no classes: there it is left out.
-        """
-        if "+" not in init or not init.endswith("classes"):
-            return init
-        if not self.splits.task.classifies:
-            return init.removesuffix("+classes")
-        room = max(1, min(self.recipe.tune.virtual_tokens) // 2)
-        return f"{init}:{max(1, min(len(self.splits.task.classes), room))}"
-
-    def _works(self, candidate: Candidate) -> bool:
-        try:
-            check(replace(self.recipe, prompt=self.workshop.ready(candidate).prompt))
-            self.workshop.method(candidate, 0)
-        except ForewordError as e:
-            if len(self.recipe.tune.methods) == 1:
-                raise
-            say(self.console, f"{candidate.method} is left out: {e.what}")
-            return False
-        return True
 
     def _budget(self) -> Budget:
         """Rungs and members that the budget allows, decided once by the time that the first candidate takes."""
@@ -266,8 +230,12 @@ class _Search:
 
     @property
     def _seconds(self) -> float:
-        """The budget by minutes without what the wording took, as time of all workers together."""
-        return max(0.0, self.recipe.tune.minutes * 60 - self.wording.seconds) * self.crew.workers
+        """The budget by minutes without what the wording took, as time of all workers together.
+
+        Trainings that the search goes on with count when it does.
+        """
+        left = self.recipe.tune.minutes * 60 - self.wording.seconds
+        return max(0.0, left * self.crew.workers + self.wording.trained_seconds)
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
@@ -296,7 +264,9 @@ class _Search:
             # A first rung may come in two halves, whose candidates are counted from 0 both.
             name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
             words = self.wording.fold_words[fold]
-            wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title, words)
+            mine = self._trained_already(proposed)
+            wanted += [(self._duel_task(self.wording.trained, fold, self.folds[fold], words), [i]) for i in mine]
+            wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title, words, mine)
         for indices, done in self._carried_out(wanted):
             for i, outcome in zip(indices, done.outcomes, strict=True):
                 outcomes[i].append(outcome)
@@ -307,6 +277,10 @@ class _Search:
         ]
         self._tell(trials)
         return trials
+
+    def _trained_already(self, proposed: Sequence[tuple[Candidate, int]]) -> list[int]:
+        """Which of them was trained on every fold to settle the wording: the first, if the wording needed that."""
+        return [i for i, (c, _) in enumerate(proposed) if self.wording.trained and c == self.first]
 
     def _tell(self, trials: Sequence[Trial]) -> None:
         """Adds a rung's trials to what is known, in metrics.jsonl and on the terminal."""
@@ -346,13 +320,14 @@ class _Search:
 
     def _shared(
         self, proposed: Sequence[tuple[Candidate, int]], keep: Sequence[int], out: Sequence[int], epochs: int,
-        name: str, title: str, words: tuple[str, ...] = (),
+        name: str, title: str, words: tuple[str, ...] = (), but: Collection[int] = (),
     ) -> Iterator[Shared]:  # fmt: skip
         """Candidates with seeds as tasks of those that train in the same passes, each beside their indices.
 
-        With several workers a group is as many tasks.
+        With several workers a group is as many tasks. ``but`` are not asked for.
         """
-        for (method, tokens, _), indices in grouped([candidate for candidate, _ in proposed]).items():
+        for (method, tokens, _), together in grouped([candidate for candidate, _ in proposed]).items():
+            indices = [i for i in together if i not in but]
             parts = min(self.crew.workers, len(indices))
             for mine in (indices[k::parts] for k in range(parts)):
                 group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"

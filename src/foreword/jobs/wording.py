@@ -58,6 +58,10 @@ class Wording:
     fold_words: tuple[tuple[str, ...], ...]
     seconds: float = 0.0
     """That it took to find."""
+    trained: str = ""
+    """Name of the trainings in it, if they are those of the search's first candidate on its folds."""
+    trained_seconds: float = 0.0
+    """That those took."""
 
     @property
     def shown(self) -> str:
@@ -94,7 +98,7 @@ def settle_wording(
         backbone: the model.
         folds: training and held-out rows of each fold.
         decided: takes a decision once, for all processes and for a resumed search.
-        trained: trains a soft prompt of this name in a wording; gives the log losses of the rows left out.
+        trained: trains the first candidate in a wording, by this name; gives the log losses of the rows left out.
         console: is told what was compared.
     """
     task, data = splits.task, recipe.data
@@ -110,7 +114,11 @@ def settle_wording(
             say(console, f"  {judged}")
 
         def after_training(name: str, judged: Judged) -> Judged:
-            again = Judged(judged.wording, trained(f"wording/{name}", judged.wording, looked))
+            start, wording = time.monotonic(), judged.wording
+            losses = trained(name, wording, looked)
+            if looked == folds:
+                wording = replace(wording, trained=name, trained_seconds=round(time.monotonic() - start, 1))
+            again = Judged(wording, losses)
             say(console, f"  {again}")
             return again
 
@@ -175,7 +183,7 @@ def duel(own: Judged, learnt: Judged, trained: Callable[[str, Judged], Judged], 
     """
     first = trained("own", own)
     if plain_too:
-        first = min(own, first, key=_loss)
+        first = replace(first, losses=min(own, first, key=_loss).losses)
         if _loss(learnt) < _loss(first):
             return learnt  # a training cannot make it lose
     return min(first, trained("learnt", learnt), key=_loss)
