@@ -258,13 +258,12 @@ class _Search:
         """The candidates on so many more folds; tells how each did."""
         outcomes = [list(t.folds) for t in before]
         proposed, seconds = [(t.candidate, self.recipe.tune.seed) for t in before], [0.0] * len(before)
-        first = len(before[0].folds)
+        first, mine = len(before[0].folds), self._trained_already(proposed)
         wanted: list[Shared] = []
         for fold in range(first, first + folds):
             # A first rung may come in two halves, whose candidates are counted from 0 both.
             name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
             words = self.wording.fold_words[fold]
-            mine = self._trained_already(proposed)
             wanted += [(self._duel_task(self.wording.trained, fold, self.folds[fold], words), [i]) for i in mine]
             wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title, words, mine)
         for indices, done in self._carried_out(wanted):
