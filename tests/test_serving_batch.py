@@ -468,7 +468,7 @@ def test_killed_predictions_go_on_to_the_same_bytes(
 def test_stopped_texts_go_on_to_the_same_bytes(
     cli: Cli, prompts: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_jsonl(tmp_path / "rows.jsonl", rows(80, ("writer", "complaints", "prefix")))
+    data = write_jsonl(tmp_path / "rows.jsonl", rows(160, ("writer", "complaints", "prefix")))
     out = tmp_path / "g.jsonl"
     args: list[object] = ["generate", *mixed(model_folder, prompts), "--data", data, "--max-new-tokens", 6]
     args += ["--temperature", 1.0, "--in-flight", 8, *SMALL, "--out"]
@@ -481,12 +481,12 @@ def test_stopped_texts_go_on_to_the_same_bytes(
         patch.setattr(Results, "add", interrupting(Results.add, after=5))
         code, said, _ = cli(*args, out, "--resume")
     assert code == 130
-    assert f"going on after row {first.count(NEWLINE)} of 80" in said
+    assert f"going on after row {first.count(NEWLINE)} of 160" in said
     assert "go on with: " in said
     assert said.rstrip().endswith("--resume")
     second = partial_of(out).read_bytes()
     assert second.startswith(first)
-    assert first.count(NEWLINE) + 5 <= second.count(NEWLINE) < 80
+    assert first.count(NEWLINE) + 5 <= second.count(NEWLINE) < 160
 
     code, _, err = cli(*args, out, "--resume")
     assert code == 0, err

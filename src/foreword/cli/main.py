@@ -31,7 +31,7 @@ from foreword.cli import (
 from foreword.errors import ForewordError
 from foreword.parallel.layout import own_rank
 
-SPEAK_SECONDS = 2.0
+SPEAK_SECONDS = 10.0  # on a loaded machine processes that start at once are seconds apart
 
 app = typer.Typer(
     name="foreword",
