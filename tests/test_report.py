@@ -130,7 +130,7 @@ def test_the_page_of_a_classifier(runs: dict[str, Path]) -> None:
     ]  # fmt: skip
     low, high = scores["intervals"]["accuracy"]
     assert f"accuracy, 95 % interval {low:.3f} to {high:.3f}" in found.texts["p"]
-    assert f"10 rows: {scores['protocol']}. Interval: bootstrap." in found.texts["p"]
+    assert f"10 rows: {scores['protocol']}." in found.texts["p"]
     assert {"this soft prompt", "majority class", "zero-shot"} <= set(found.texts["th"])
     counts = [n for row in scores["confusion"]["counts"] for n in row]
     heat = [

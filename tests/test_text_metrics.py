@@ -111,6 +111,8 @@ def test_one_reference_more_never_harms_and_any_of_them_may_match() -> None:
 def test_nothing_written_scores_nothing() -> None:
     found = text_scores(["", ""], [["a b"], ["c", "d"]])
     assert [found[k] for k in ("exact_match", "bleu", "chrf", "rouge_l")] == [0, 0, 0, 0]
+    low, high = found["intervals"].pop("exact_match")
+    assert low == 0 < high < 1  # two texts do not show that none will ever match
     assert all(bounds == [0, 0] for bounds in found["intervals"].values())
 
 

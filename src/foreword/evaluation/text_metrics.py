@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foreword.evaluation.metrics import Floats, Ints, interval
+from foreword.evaluation.metrics import Floats, Ints, interval, share_interval
 from foreword.evaluation.rouge import rouge_l
 
 Statistic = Callable[[Ints], float]
@@ -35,10 +35,11 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     from sacrebleu.metrics.bleu import BLEU  # 0.1 s, and only free text needs it
     from sacrebleu.metrics.chrf import CHRF
 
+    exact = exact_matches(texts, references)
     rouge = np.asarray([rouge_l(t, own) for t, own in zip(texts, references, strict=True)])
     bleu, chrf = BLEU(), CHRF()
     statistics = {
-        "exact_match": _mean(exact_matches(texts, references)),
+        "exact_match": _mean(exact),
         "bleu": _corpus(bleu, texts, references),
         "chrf": _corpus(chrf, texts, references),
         "rouge_l": _mean(rouge),
@@ -48,7 +49,10 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
         "contexts": len(texts),
         **{name: of(everything) for name, of in statistics.items()},
         "signatures": {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
-        "intervals": {name: interval(len(texts), of) for name, of in statistics.items()},
+        "intervals": {
+            **{name: interval(len(texts), of) for name, of in statistics.items()},
+            "exact_match": share_interval(exact > 0),
+        },
     }
 
 

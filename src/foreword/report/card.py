@@ -133,7 +133,7 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     over = "rows" if "accuracy" in scores else "inputs (of the loss: over rows)"
     return [
         "## Scores", "",
-        f"On {rows_scored(scores)}: {scores['protocol']}. In brackets: 95 % bootstrap intervals over {over}. "
+        f"On {rows_scored(scores)}: {scores['protocol']}. In brackets: 95 % intervals over {over}. "
         "Loss is per target token.", "",
         f"| | {' | '.join(titles)} |", f"|{'---|' * (len(titles) + 1)}", *table, "", *_signatures(scores),
     ]  # fmt: skip

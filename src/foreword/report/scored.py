@@ -51,7 +51,7 @@ def headline(scores: Mapping[str, Any]) -> Markup:
     figure = el(
         "div", el("p", f"{scores[main]:.3f}", class_="figure"),
         el("p", f"{METRICS[main]}, 95 % interval {low:.3f} to {high:.3f}"),
-        el("p", f"{rows_scored(scores)}: {scores['protocol']}. Interval: bootstrap.", class_="note"),
+        el("p", f"{rows_scored(scores)}: {scores['protocol']}.", class_="note"),
     )  # fmt: skip
     return el("div", figure, el("div", row_chart(marks, METRICS[main], 0.0, 1.0)), class_="hero")
 
@@ -62,7 +62,7 @@ def scores_table(scores: Mapping[str, Any]) -> Markup:
     metrics.sort(key=lambda k: [*METRICS, k].index(k))
     rows = [[name, *(_with_interval(found, m) for m in metrics)] for name, found in named_scores(scores)]
     head = ["", *(METRICS.get(m, m.replace("_", " ")) for m in metrics)]
-    note = "In brackets: 95 % bootstrap intervals. Loss: nats a target token, its end token included."
+    note = "In brackets: 95 % intervals. Loss: nats a target token, its end token included."
     return section("Scores beside their baselines", table(head, rows, "first stack"), note=note)
 
 
@@ -93,7 +93,7 @@ def classes(facts: ReportFacts) -> Markup | None:
         _confusion(names, counts),
         el("h3", "Precision, recall and F1"),
         _per_class(scores["per_class"]),
-        note="Colour: share of the true class's rows. In brackets: 95 % bootstrap intervals.",
+        note="Colour: share of the true class's rows. In brackets: 95 % intervals.",
     )
 
 
