@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom
 from sklearn import metrics as sk
 
+from foreword.evaluation.intervals import Floats, Ints, for_new_rows, interval
 from foreword.evaluation.metrics import (
     BINS,
-    Floats,
-    Ints,
     accuracy,
     calibration_error,
     classification_scores,
     confusion_matrix,
-    for_new_rows,
-    interval,
     macro_f1,
     precision_recall_f1,
     share_interval,

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from foreword.evaluation.metrics import Floats, Ints, interval, share_interval
+from foreword.evaluation.intervals import Floats, Ints, interval
+from foreword.evaluation.metrics import share_interval
 from foreword.evaluation.rouge import rouge_l
 
 Statistic = Callable[[Ints], float]

@@ -27,7 +27,7 @@ from foreword.data.sources import file_name
 from foreword.errors import ForewordError
 from foreword.evaluation.agreement import agreement, candidates
 from foreword.evaluation.evaluate import Outcome, label_counts, run_rows, scores_of, with_baselines
-from foreword.evaluation.metrics import interval
+from foreword.evaluation.intervals import interval
 from foreword.evaluation.scoring import Floats
 from foreword.jobs.data import Splits, read_splits
 from foreword.jobs.derive import write_derived

@@ -14,7 +14,8 @@ from foreword.artifact.folder import write_adapter
 from foreword.artifact.peft_types import peft_config, placed_config
 from foreword.artifact.sidecar import SIDECAR, Sidecar
 from foreword.evaluation.evaluate import Outcome, label_counts, run_plain, run_rows, with_baselines
-from foreword.evaluation.metrics import for_new_rows, token_loss
+from foreword.evaluation.intervals import for_new_rows
+from foreword.evaluation.metrics import token_loss
 from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Workshop
 from foreword.jobs.derive import backbone_facts, library_versions

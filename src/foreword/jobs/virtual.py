@@ -12,7 +12,7 @@ from foreword.backbone.attach import no_prompt
 from foreword.backbone.choose import Layout
 from foreword.backbone.load import Backbone
 from foreword.evaluation.evaluate import run_rows
-from foreword.evaluation.metrics import Floats, interval
+from foreword.evaluation.intervals import Floats, interval
 from foreword.evaluation.scoring import target_logprobs
 from foreword.jobs.prepare import embedded
 from foreword.prompts.soft import SoftPrompt
