@@ -47,7 +47,7 @@ def occurring(confusion: Ints | Floats) -> NDArray[np.bool_]:
     return found
 
 
-def tables(confusion: Ints, seed: int = 0) -> tuple[Floats, Floats]:
+def tables(confusion: Ints, seed: int = 0) -> tuple[Ints, Floats]:
     """What the confusion table ``[C, C]`` could as well have been, twice ``[RESAMPLES, C, C]``.
 
     First the bootstrap: its rows drawn again. Then the posterior, a Dirichlet distribution over its cells, scaled to
@@ -61,10 +61,10 @@ def tables(confusion: Ints, seed: int = 0) -> tuple[Floats, Floats]:
     prior = 0.5 * wrong / wrong.sum() + 0.5 * np.diag(occur / occur.sum())
     believed = rng.standard_gamma(confusion + prior, (RESAMPLES, *confusion.shape))
     believed *= n / believed.sum((1, 2), keepdims=True)
-    return drawn.astype(float), believed
+    return drawn, believed
 
 
-def reach(statistic: Callable[[Ints | Floats], Ints | Floats], confusion: Ints, drawn: tuple[Floats, Floats]) -> Floats:
+def reach(statistic: Callable[[Ints | Floats], Ints | Floats], confusion: Ints, drawn: tuple[Ints, Floats]) -> Floats:
     """95 % bounds ``[2, ...]`` of a statistic of tables: whichever of both kinds reaches further."""
     bounds = np.stack([_percentiles(statistic(t)) for t in drawn])
     value = statistic(confusion)  # the posterior of what is all right ends below it

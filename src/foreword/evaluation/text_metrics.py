@@ -40,7 +40,6 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     rouge = np.asarray([rouge_l(t, own) for t, own in zip(texts, references, strict=True)])
     bleu, chrf = BLEU(), CHRF()
     statistics = {
-        "exact_match": _mean(exact),
         "bleu": _corpus(bleu, texts, references),
         "chrf": _corpus(chrf, texts, references),
         "rouge_l": _mean(rouge),
@@ -48,11 +47,12 @@ def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     everything = np.arange(len(texts))
     return {
         "contexts": len(texts),
+        "exact_match": float(exact.mean()),
         **{name: of(everything) for name, of in statistics.items()},
         "signatures": {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
         "intervals": {
-            **{name: interval(len(texts), of) for name, of in statistics.items()},
             "exact_match": share_interval(exact > 0),
+            **{name: interval(len(texts), of) for name, of in statistics.items()},
         },
     }
 
