@@ -224,7 +224,7 @@ def test_out_of_fold_scores_are_those_of_a_training_without_the_fold(
     keep, out = k_folds([r["label"] for r in DATA], 2, 0)[0]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(DATA[i]) + "\n" for i in keep))
-    wording = json.loads((run / "search" / "wording.json").read_text())
+    wording = json.loads((run / "search" / "wording.json").read_text())["wordings"][0]
     words = dict(zip(("complaint", "no complaint"), wording["fold_words"][0], strict=True))
     again = foreword.train(
         model=str(model_folder), out=tmp_path / "again",

@@ -18,6 +18,7 @@ from conftest import ROWS, Cli
 from foreword.data.splits import k_folds
 from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.scoring import softmax
+from foreword.jobs.wording import OTHERS
 from foreword.tuning.ensemble import log_losses
 from foreword.tuning.space import UNTRAINED, UNTRAINED_TEXT
 
@@ -50,6 +51,10 @@ def last_alone(truth: Any, tables: list[Any], count: int) -> list[int]:
     return [len(tables) - 1] * count
 
 
+def last_two_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
+    return [len(tables) - 1, len(tables) - 2, 0]
+
+
 def last_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
     return [len(tables) - 1, 0, 0]
 
@@ -75,23 +80,48 @@ def test_chosen_several_times_it_is_one_adapter_and_holds_one_embedding(alone: P
     assert (facts["epochs"], facts["lr"]) == (0, 0)
 
 
-def test_it_says_what_the_plain_model_says_with_biases(alone: Path, model_folder: Path) -> None:
-    """Of a plain forward pass over the line end, the text and each class's words."""
-    made = foreword.load(alone)
-    assert len(made.task.biases) == 2
+def assert_plain(made: Any, model_folder: Path) -> None:
+    """Its probabilities are those of a plain forward pass over the line end, the text and each class's words."""
+    task = made.task
+    assert len(task.biases) == 2
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     for row in DATA[:3]:
         scores = []
-        for words in CLASSES:
-            before = tokenizer(UNTRAINED_TEXT + f"{row['text']} Label :")["input_ids"]
+        for words in task.words:
+            before = tokenizer(UNTRAINED_TEXT + task.template.format(text=row["text"]))["input_ids"]
             target = tokenizer(f" {words}")["input_ids"]
             with torch.no_grad():
                 logprobs = model(torch.tensor([[*before, *target]])).logits[0].double().log_softmax(-1)
             at = range(len(before) - 1, len(before) - 1 + len(target))
             scores.append(float(sum(logprobs[i, t] for i, t in zip(at, target, strict=True))))
         (found,) = made.predict([row["text"]])
-        wanted = softmax(np.array([scores]) + np.array(made.task.biases))[0]
+        wanted = softmax(np.array([scores]) + np.array(task.biases))[0]
         assert list(found.probabilities.values()) == pytest.approx(wanted.tolist(), abs=1e-6)
+
+
+def test_it_says_what_the_plain_model_says_with_biases(alone: Path, model_folder: Path) -> None:
+    made = foreword.load(alone)
+    assert (made.task.template, made.task.words) == ("{text} Label :", CLASSES)
+    assert_plain(made, model_folder)
+
+
+def test_it_may_be_a_member_in_several_wordings(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreword.jobs.tune.select", last_two_and_first)
+    made = tuned(model_folder, tmp_path / "run", wording="auto")
+    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())["wordings"]
+    keys = [(w["template"], tuple(w["words"])) for w in decided]
+    assert len(set(keys)) == len(keys) == 1 + OTHERS
+    asked = [t for t in trials(tmp_path / "run") if t["method"] == "untrained"]
+    assert [(t["template"], tuple(t["words"])) for t in asked[1:]] == keys[1:]
+    assert [(m.task.template, m.task.words) for m in made.members] == [keys[-1], keys[-2], keys[0]]
+    for member in made.members[:2]:
+        assert_plain(member, model_folder)
+    assert said(made) == pytest.approx(np.mean([said(m) for m in made.members], axis=0))
+    scores = made.evaluate(DATA)
+    right = np.array([CLASSES.index(r["label"]) for r in DATA]) == said(made).argmax(1)
+    assert scores["accuracy"] == pytest.approx(right.mean())
 
 
 def test_a_folds_rows_have_the_biases_of_its_other_rows(alone: Path) -> None:

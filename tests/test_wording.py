@@ -195,7 +195,7 @@ def task_of(run: Path) -> dict[str, Any]:
 
 def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: Path, tmp_path: Path) -> None:
     made = tuned(model_folder, tmp_path / "run", {})
-    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())
+    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())["wordings"][0]
     task = task_of(tmp_path / "run")
     assert (task["template"], list(task["words"])) == (decided["template"], decided["words"])
     assert {p.label for p in made.predict([r["text"] for r in DATA])} <= set(CLASSES)
@@ -229,7 +229,7 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     (_, first), (_, second) = told
     assert first != second
     best, loss = min(told, key=lambda t: t[1])
-    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())
+    decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())["wordings"][0]
     assert (decided["template"], tuple(decided["words"])) == (best.template, best.words)
     assert decided["seconds"] > 0
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]

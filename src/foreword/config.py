@@ -217,7 +217,8 @@ class TuneConfig:
     untrained: str = "auto"
     """The model as it is, behind one virtual token that says nothing, as a candidate beside the trained ones: auto, or
     never. With a bias for each class it is what few rows often leave nothing to add to; alone or in the ensemble, if it
-    does better on the rows left out."""
+    does better on the rows left out. Up to 128 rows also in the three next best wordings, as few rows often choose the
+    wrong one."""
     methods: tuple[str, ...] = ("context-tuning", "prefix-tuning", "prompt-tuning", "low-rank")
     """Methods to try, the likelier first."""
     inits: tuple[str, ...] = ("text", "vocabulary+classes")

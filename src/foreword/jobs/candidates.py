@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from foreword.prompts.soft import SoftPrompt
 from foreword.records import Example, Segment
 from foreword.training.prepare import prepared
 from foreword.training.state import epochs_for, start, trained_rows
-from foreword.tuning.space import UNTRAINED, UNTRAINED_TEXT, Candidate
+from foreword.tuning.space import UNTRAINED_TEXT, Candidate
 
 DONE = "done.json"
 PROBE_STEPS = 3
@@ -41,8 +41,16 @@ MOST_EPOCHS, LEAST_EPOCHS, ROWS_READ = 15, 2, 800
 """Half of a lone training's or fewer: more candidates and members do more than longer trainings (docs/log.md)."""
 ROWS_READ_A_CLASS = 160
 """At least: ten classes want more steps than two."""
-Group = tuple[str, int, bool]
-"""Method, number of virtual tokens, whether trained: what soft prompts of one pass have in common."""
+
+
+class Group(NamedTuple):
+    """What soft prompts of one pass have in common."""
+
+    method: str
+    virtual_tokens: int
+    trained: bool
+    template: str
+    words: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,17 +134,21 @@ class Workshop:
         return self._ready.values()
 
     def ready(self, candidate: Candidate, words: tuple[str, ...] = ()) -> Ready:
-        """Settings, encoder and encoded training rows of its group, with the task's label words unless others."""
-        words = words or self.splits.task.words
-        method, tokens, trained = group = group_of(candidate)
+        """Settings, encoder and encoded training rows of its group, with its own label words unless others."""
+        group, task = group_of(candidate), self.splits.task
+        words = words or self.words(candidate)
         key = group, words
         if key not in self._ready:
-            prompt = replace(self.recipe.prompt, method=method, virtual_tokens=tokens)
-            prompt = prompt if trained else replace(prompt, init_text=UNTRAINED_TEXT)
-            task = replace(self.splits.task, words=words)
-            encoder = make_encoder(task, self.backbone, tokens, METHODS[method].kind)
+            prompt = replace(self.recipe.prompt, method=group.method, virtual_tokens=group.virtual_tokens)
+            prompt = prompt if group.trained else replace(prompt, init_text=UNTRAINED_TEXT)
+            task = replace(task, template=group.template or task.template, words=words)
+            encoder = make_encoder(task, self.backbone, group.virtual_tokens, METHODS[group.method].kind)
             self._ready[key] = Ready(prompt, encoder, encoder.examples(self.splits.train))
         return self._ready[key]
+
+    def words(self, candidate: Candidate) -> tuple[str, ...]:
+        """Its label words: the task's unless it has its own."""
+        return candidate.words or self.splits.task.words
 
     def method(self, candidate: Candidate, seed: int) -> Method:
         """Its soft prompt before the first step on all rows."""
@@ -198,9 +210,9 @@ class Workshop:
             return run_rows(self.backbone, prompt, held, ready.encoder.label_ids, layout)
         return Outcome([], [len(e.target) for e in held], target_logprobs(self.backbone, prompt, held, layout))
 
-    def untrained(self, rows: Sequence[int], words: tuple[str, ...]) -> Outcome:
+    def untrained(self, candidate: Candidate, rows: Sequence[int], words: tuple[str, ...]) -> Outcome:
         """What the model as it is says of rows, with these label words."""
-        return self._outcome(UNTRAINED, self.ready(UNTRAINED, words), self.method(UNTRAINED, 0).soft_prompt(), rows)
+        return self._outcome(candidate, self.ready(candidate, words), self.method(candidate, 0).soft_prompt(), rows)
 
     def unit_seconds(self, candidate: Candidate) -> float:
         """What one training on all rows for all epochs would take, from a few steps of it."""
@@ -230,7 +242,7 @@ def search_epochs(rows: int, classes: int) -> int:
 
 def group_of(candidate: Candidate) -> Group:
     """What it must have in common with those it trains with."""
-    return candidate.method, candidate.virtual_tokens, candidate.trained
+    return Group(candidate.method, candidate.virtual_tokens, candidate.trained, candidate.template, candidate.words)
 
 
 def grouped(candidates: Sequence[Candidate]) -> dict[Group, list[int]]:

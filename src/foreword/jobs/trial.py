@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -61,5 +61,6 @@ class Trial:
         table = self.outcome.probabilities
         scores = {"loss": self.loss, **(point_scores(self.outcome.truth, table) if table is not None else {})}
         named = {} if self.candidate.trained else {"method": "untrained", "init": "none"}
-        return {"event": "trial", "rung": self.rung, **asdict(self.candidate), **named, "epochs": self.epochs, **scores,
+        return {"event": "trial", "rung": self.rung, **self.candidate.settings, **named,
+                **self.candidate.wording, "epochs": self.epochs, **scores,
                 "folds": len(self.folds), "seconds": round(self.seconds, 1)}  # fmt: skip

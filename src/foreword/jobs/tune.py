@@ -39,7 +39,7 @@ from foreword.records import Row
 from foreword.training.progress import METRICS
 from foreword.tuning.ensemble import log_losses, select
 from foreword.tuning.halving import Budget, Rung, cost, plan
-from foreword.tuning.space import Candidate, survivors
+from foreword.tuning.space import UNTRAINED, Candidate, survivors
 
 SEARCH = "search"
 SEED_STRIDE = 1000
@@ -101,7 +101,7 @@ class _Search:
         ]
         self.workshop = Workshop(recipe, splits, backbone, console)
         self.sampler, self.size, self.first = proposals(recipe, self.workshop)
-        self.wording = settle_wording(
+        self.wording, *self.other_wordings = settle_wording(
             recipe, splits, backbone, self.folds, self._decided, self._losses_in, self.console
         )
         self.splits = replace(splits, task=self.wording.task(task))
@@ -242,17 +242,21 @@ class _Search:
         return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biasing)
 
     def _untrained(self) -> list[Trial]:
-        """The model as it is, if it is a candidate. It leans to some class however many rows of each were drawn."""
+        """The model as it is, if it is a candidate, in each of the wordings: few rows often choose the wrong one.
+
+        It leans to some class however many rows of each were drawn.
+        """
         if not untrained_too(self.recipe, self.splits.task):
             return []
-        mine: Trial | None = None
+        mine: list[Trial] = []
         if self.world.first or self.world.layout.sharded:
             biasing = self.recipe.tune.biases == "auto"
-            mine = untrained_trial(self.workshop, self.folds, self.wording.fold_words, biasing)
+            asked = [(UNTRAINED, self.wording), *((w.asked(UNTRAINED), w) for w in self.other_wordings)]
+            mine = [untrained_trial(self.workshop, c, self.folds, w.fold_words, biasing) for c, w in asked]
         found = self.world.said_by_first(mine)
-        assert found is not None, "the first process has one"
-        self._tell([found])
-        return [found]
+        assert found is not None, "the first process has them"
+        self._tell(found)
+        return found
 
     def _rung(self, number: int, before: Sequence[Trial], folds: int) -> list[Trial]:
         """The candidates on so many more folds; tells how each did."""
@@ -325,12 +329,13 @@ class _Search:
 
         With several workers a group is as many tasks. ``but`` are not asked for.
         """
-        for (method, tokens, _), together in grouped([candidate for candidate, _ in proposed]).items():
+        for group, together in grouped([candidate for candidate, _ in proposed]).items():
             indices = [i for i in together if i not in but]
             parts = min(self.crew.workers, len(indices))
             for mine in (indices[k::parts] for k in range(parts)):
-                group, folder = tuple(proposed[i] for i in mine), f"{name}/{method}-{tokens}-{mine[0]}"
-                yield Task(folder, group, tuple(keep), tuple(out), epochs, f"{title}, {method}", words), mine
+                folder = f"{name}/{group.method}-{group.virtual_tokens}-{mine[0]}"
+                members = tuple(proposed[i] for i in mine)
+                yield Task(folder, members, tuple(keep), tuple(out), epochs, f"{title}, {group.method}", words), mine
 
     def _carried_out(self, wanted: Sequence[Shared]) -> list[tuple[list[int], Done]]:
         """The outcome of every task beside its indices; what an interrupted search had finished is not done again."""

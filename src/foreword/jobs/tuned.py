@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def _counts(workshop: Workshop) -> list[int]:
 def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, Any]) -> None:
     """A valid adapter folder by itself."""
     backbone, kept, ready = workshop.backbone, made.kept, workshop.ready(made.candidate)
-    task = replace(workshop.splits.task, biases=made.biases)
+    task = replace(ready.encoder.task, biases=made.biases)
     text = (ready.prompt.init_text or instruction(task)) if made.candidate.init == "text" else None
     adapter = peft_config(
         kept.peft_type, kept.stored(), model_config=backbone.config, base=backbone.name, revision=backbone.revision,
@@ -164,7 +164,7 @@ def _write_member(workshop: Workshop, out: Path, made: Made, scores: dict[str, A
     )  # fmt: skip
     adapter = adapter if ready.encoder.at_front else placed_config(adapter)
     facts = {
-        **_shared_facts(workshop), **asdict(made.candidate), "init_text": text, "seed": made.seed,
+        **_shared_facts(workshop), **made.candidate.settings, "init_text": text, "seed": made.seed,
         "trainable": sum(p.numel() for p in kept.parameters() if p.requires_grad), **made.figures,
     }  # fmt: skip
     sidecar = Sidecar(task, backbone_facts(backbone), scores, facts, library_versions())
@@ -177,7 +177,8 @@ def _write_ensemble(workshop: Workshop, out: Path, members: Sequence[Made], scor
     """Sidecar, card and index of all members together."""
     names = [str(m.candidate) for m in members]
     facts = {**_shared_facts(workshop), "members": names}
-    sidecar = Sidecar(workshop.splits.task, backbone_facts(workshop.backbone), scores, facts, library_versions())
+    task = workshop.ready(members[0].candidate).encoder.task
+    sidecar = Sidecar(task, backbone_facts(workshop.backbone), scores, facts, library_versions())
     write_atomic(out / "README.md", ensemble_card(names, sidecar).encode())
     write_atomic(out / SIDECAR, sidecar.to_json().encode())
     write_index(out, len(members))

@@ -15,7 +15,7 @@ from foreword.evaluation.biases import PLAIN, class_biases
 from foreword.jobs.candidates import Workshop
 from foreword.jobs.trial import Trial
 from foreword.records import Task
-from foreword.tuning.space import UNTRAINED
+from foreword.tuning.space import Candidate
 
 
 def untrained_too(recipe: Recipe, task: Task) -> bool:
@@ -25,24 +25,25 @@ def untrained_too(recipe: Recipe, task: Task) -> bool:
 
 
 def untrained_trial(
-    workshop: Workshop, folds: Sequence[tuple[Sequence[int], Sequence[int]]], fold_words: Sequence[tuple[str, ...]],
-    biasing: bool,
+    workshop: Workshop, candidate: Candidate, folds: Sequence[tuple[Sequence[int], Sequence[int]]],
+    fold_words: Sequence[tuple[str, ...]], biasing: bool,
 ) -> Trial:  # fmt: skip
     """What it says of each fold's rows, with biases by its other rows and in the words that these teach.
 
     Args:
-        workshop: backbone, rows and the task with its label words.
+        workshop: backbone, rows and the task.
+        candidate: ``UNTRAINED``, in whatever wording.
         folds: training and held-out rows of each.
         fold_words: label words of each fold.
         biasing: whether classes have biases.
     """
-    began, words_of_all = time.monotonic(), workshop.splits.task.words
+    began, words_of_all = time.monotonic(), workshop.words(candidate)
     rows = [row for _, out in folds for row in out]
     place = {row: i for i, row in enumerate(rows)}
-    said = {words: workshop.untrained(rows, words) for words in dict.fromkeys((*fold_words, words_of_all))}
+    said = {words: workshop.untrained(candidate, rows, words) for words in dict.fromkeys((*fold_words, words_of_all))}
     outcomes = []
     for (keep, out), words in zip(folds, fold_words, strict=True):
         others, mine = (said[words].rows([place[row] for row in part]) for part in (keep, out))
         outcomes.append(mine.rebalanced(class_biases(others, PLAIN)) if biasing else mine)
     biases = class_biases(said[words_of_all], PLAIN) if biasing else ()
-    return Trial(0, UNTRAINED, 0, tuple(outcomes), len(folds), time.monotonic() - began, fitted=biases)
+    return Trial(0, candidate, 0, tuple(outcomes), len(folds), time.monotonic() - began, fitted=biases)

@@ -29,6 +29,7 @@ from foreword.jobs.training import say
 from foreword.jobs.untrained import untrained_too
 from foreword.records import Table, Task
 from foreword.tuning.ensemble import beyond_chance, log_losses
+from foreword.tuning.space import Candidate, shown
 
 CLOSINGS = ("\nThis is", "\nThis is a", "\nIt is about", "\nOverall, it is", "\nType:", "\nTopic:")
 """What may stand behind the text instead of a closing that nobody chose."""
@@ -36,8 +37,8 @@ ROWS = 128
 """Most rows that are looked at."""
 LETTERS = 3
 """Least length of a learnt word."""
-SHOWN = 6
-"""Most label words of a wording on the terminal."""
+OTHERS = 3
+"""Wordings beside the chosen one in which the model as it is may be a member, where all rows are looked at."""
 
 Fold = tuple[list[int], list[int]]
 
@@ -63,14 +64,22 @@ class Wording:
     trained_seconds: float = 0.0
     """That those took."""
 
+    def __str__(self) -> str:
+        """As on the terminal."""
+        return shown(self.template, self.words)
+
     @property
-    def shown(self) -> str:
-        """Its label words on the terminal."""
-        return ", ".join(self.words[:SHOWN]) + (", ..." if len(self.words) > SHOWN else "")
+    def key(self) -> tuple[str, tuple[str, ...]]:
+        """What it is known by."""
+        return self.template, self.words
 
     def task(self, task: Task) -> Task:
         """The task in this wording."""
         return replace(task, template=self.template, words=self.words)
+
+    def asked(self, candidate: Candidate) -> Candidate:
+        """A candidate in this wording instead of the search's."""
+        return replace(candidate, template=self.template, words=self.words)
 
 
 @dataclass(frozen=True)
@@ -82,15 +91,15 @@ class Judged:
 
     def __str__(self) -> str:
         """As on the terminal."""
-        return f"loss {self.losses.mean():.3f}: {self.wording.template!r} with {self.wording.shown}"
+        return f"loss {self.losses.mean():.3f}: {self.wording}"
 
 
 def settle_wording(
     recipe: Recipe, splits: Splits, backbone: Backbone, folds: Sequence[Fold],
     decided: Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]],
     trained: Callable[[str, Wording, Sequence[Fold]], Floats], console: Console,
-) -> Wording:  # fmt: skip
-    """The wording of a search: the given one, or what its rows say is better.
+) -> list[Wording]:  # fmt: skip
+    """The wording of a search, given or better by what its rows say; then ``OTHERS`` at most that do next best.
 
     Args:
         recipe: of the search.
@@ -104,13 +113,14 @@ def settle_wording(
     task, data = splits.task, recipe.data
     free = Free(unsaid_template(data) == task.template, not data.label_words)
     if recipe.tune.wording == "given" or not task.classifies or not any(free):
-        return Wording(task.template, task.words, (task.words,) * len(folds))
+        return [Wording(task.template, task.words, (task.words,) * len(folds))]
 
     def decide() -> dict[str, Any]:
         began, looked = time.monotonic(), thinned(folds)
         say(console, "wording: what the plain model says of rows left out")
         found = compared(backbone, task, splits.train, looked, free)
-        for judged in sorted(found, key=_loss):
+        ranked = sorted(found, key=_loss)
+        for judged in ranked:
             say(console, f"  {judged}")
 
         def after_training(name: str, judged: Judged) -> Judged:
@@ -126,10 +136,13 @@ def settle_wording(
         if rival:
             say(console, "wording: what a soft prompt that was trained in it says")
             best = duel(best, rival[0], after_training, untrained_too(recipe, task))
-        say(console, f"wording: {best.wording.template!r} with {best.wording.shown}")
-        return {**asdict(best.wording), "seconds": round(time.monotonic() - began, 1)}
+        say(console, f"wording: {best.wording}")
+        chosen = replace(best.wording, seconds=round(time.monotonic() - began, 1))
+        # Many rows choose well, and asking the plain model takes a pass a wording and fold.
+        others = [j.wording for j in ranked if j.wording.key != chosen.key][: OTHERS if looked == folds else 0]
+        return {"wordings": [asdict(w) for w in (chosen, *others)]}
 
-    return Wording(**{k: _tuples(v) for k, v in decided("wording", decide).items()})
+    return [Wording(**{k: _tuples(v) for k, v in w.items()}) for w in decided("wording", decide)["wordings"]]
 
 
 def unsaid_template(data: DataConfig) -> str:

@@ -15,6 +15,8 @@ from foreword.errors import ForewordError
 
 SIDE_BY_SIDE = 2
 """Methods whose rates are tried in turn."""
+SHOWN = 6
+"""Most label words of a wording on the terminal."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +27,41 @@ class Candidate:
     init: str
     virtual_tokens: int
     lr: float
+    template: str = ""
+    """Of a wording of its own, with ``words`` for the classes; empty: the search's."""
+    words: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
         """Whether it takes steps."""
         return self.lr > 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is trained."""
+        return {"method": self.method, "init": self.init, "virtual_tokens": self.virtual_tokens, "lr": self.lr}
+
+    @property
+    def wording(self) -> dict[str, Any]:
+        """Its own, if it has one."""
+        return {"template": self.template, "words": list(self.words)} if self.template else {}
+
     def __str__(self) -> str:
         """As in messages."""
         if not self.trained:
-            return f"the model as it is, P={self.virtual_tokens}"
+            asked = f", {shown(self.template, self.words)}" if self.template else ""
+            return f"the model as it is, P={self.virtual_tokens}{asked}"
         return f"{self.method} init={self.init} P={self.virtual_tokens} lr={self.lr:g}"
 
 
 UNTRAINED = Candidate("prompt-tuning", "text", 1, 0.0)
 """The model as it is, behind one virtual token that says nothing: all that is fitted is a bias for each class."""
 UNTRAINED_TEXT = "\n"
+
+
+def shown(template: str, words: Sequence[str]) -> str:
+    """A wording in messages."""
+    return f"{template!r} with {', '.join(words[:SHOWN])}{', ...' if len(words) > SHOWN else ''}"
 
 
 @dataclass(frozen=True)
