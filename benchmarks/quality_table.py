@@ -61,9 +61,9 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   the same for all contenders and seeds.
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
   likeliest, and never writes anything else. `foreword tune` alone finds its own wording. Its runs are of several
-  days' code (docs/log.md): on SST-2 but its first draw they have the shared words; there and on Subj's first draw the model as it
-  is was no candidate; there, on Subj's second and the first of AG News and CLINC150 members were chosen greedily. In
-  several wordings the model as it is was a candidate for the complaints and SST-2's first draw alone.
+  days' code (docs/log.md): on SST-2's other draws than the first they have the shared words; there and on Subj's first
+  draw the model as it is was no candidate; there, on Subj's second and the first of AG News and CLINC150 members were
+  chosen greedily. In several wordings the model as it is was a candidate for the complaints and SST-2's first draw alone.
 
 Contenders:
 
