@@ -63,7 +63,7 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   likeliest, and never writes anything else. `foreword tune` alone finds its own wording. Its runs are of several
   days' code (docs/log.md): on SST-2's other draws than the first they have the shared words; there and on Subj's first
   draw the model as it is was no candidate; there, on Subj's second and the first of AG News and CLINC150 members were
-  chosen greedily. In several wordings the model as it is was a candidate for the complaints and SST-2's first draw alone.
+  chosen greedily. In several wordings the model as it is was a candidate for the complaints and SST-2's draw 0 alone.
 
 Contenders:
 
