@@ -121,7 +121,7 @@ class Workshop:
 
     def __init__(self, recipe: Recipe, splits: Splits, backbone: Backbone, console: Console) -> None:
         self.recipe, self.splits, self.backbone, self.console = recipe, splits, backbone, console
-        self._ready: dict[tuple[Group, tuple[str, ...]], Ready] = {}
+        self._ready: dict[Group, Ready] = {}
         self._layouts: dict[str, Choice] = {}
 
     def epochs(self, rows: int) -> int:
@@ -135,16 +135,15 @@ class Workshop:
 
     def ready(self, candidate: Candidate, words: tuple[str, ...] = ()) -> Ready:
         """Settings, encoder and encoded training rows of its group, with its own label words unless others."""
-        group, task = group_of(candidate), self.splits.task
-        words = words or self.words(candidate)
-        key = group, words
-        if key not in self._ready:
+        task = self.splits.task
+        group = group_of(candidate)._replace(words=words or self.words(candidate))
+        if group not in self._ready:
             prompt = replace(self.recipe.prompt, method=group.method, virtual_tokens=group.virtual_tokens)
             prompt = prompt if group.trained else replace(prompt, init_text=UNTRAINED_TEXT)
-            task = replace(task, template=group.template or task.template, words=words)
+            task = replace(task, template=group.template or task.template, words=group.words)
             encoder = make_encoder(task, self.backbone, group.virtual_tokens, METHODS[group.method].kind)
-            self._ready[key] = Ready(prompt, encoder, encoder.examples(self.splits.train))
-        return self._ready[key]
+            self._ready[group] = Ready(prompt, encoder, encoder.examples(self.splits.train))
+        return self._ready[group]
 
     def words(self, candidate: Candidate) -> tuple[str, ...]:
         """Its label words: the task's unless it has its own."""
