@@ -46,26 +46,37 @@ def outcome(scores: Table, labels: list[int]) -> Outcome:
     return Outcome(labels, [1] * len(labels), [0.0] * len(labels), softmax(scores))
 
 
+def powers(labels: list[int], balance: float) -> Table:
+    """Weights of rows, 1 on average, as the power of their class's number of rows says."""
+    each = np.array([labels.count(label) ** -balance for label in labels])
+    return each / each.mean()
+
+
 # --- fitting ------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 8), st.sampled_from([TRAINED, PLAIN]))
-def test_they_are_where_torch_finds_the_posterior_highest(seed: int, rows: int, classes: int, width: float) -> None:
+@given(
+    st.integers(0, 10_000), st.integers(1, 60), st.integers(2, 8), st.sampled_from([TRAINED, PLAIN]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
+def test_they_are_where_torch_finds_the_posterior_highest(
+    seed: int, rows: int, classes: int, width: float, balance: float
+) -> None:
     scores, labels = tables(seed, rows, classes)
     found = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    offsets, truth = torch.from_numpy(scores), torch.tensor(labels)
+    offsets, truth, weights = torch.from_numpy(scores), torch.tensor(labels), powers(labels, balance)
     search = torch.optim.LBFGS([found], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def loss() -> Any:
         search.zero_grad()
-        lost = torch.nn.functional.cross_entropy(offsets + found, truth, reduction="sum")
-        lost = lost + found.square().sum() / (2 * width**2)
+        each = torch.nn.functional.cross_entropy(offsets + found, truth, reduction="none")
+        lost = each @ torch.from_numpy(weights) + found.square().sum() / (2 * width**2)
         lost.backward()
         return lost
 
     search.step(loss)
-    np.testing.assert_allclose(fitted_biases(scores, labels, width), found.detach().numpy(), atol=0.02)
+    np.testing.assert_allclose(fitted_biases(scores, labels, width, balance), found.detach().numpy(), atol=0.02)
 
 
 @given(st.integers(0, 10_000), st.integers(20, 60), st.integers(2, 6))
@@ -73,6 +84,17 @@ def test_with_a_wide_prior_a_class_is_predicted_as_often_as_it_comes(seed: int, 
     scores, labels = tables(seed, rows, classes)
     found = softmax(scores + fitted_biases(scores, labels, 1000.0)).mean(0)
     np.testing.assert_allclose(found, np.bincount(labels, minlength=classes) / rows, atol=0.03)
+
+
+@given(st.integers(0, 10_000), st.integers(20, 60), st.integers(2, 6))
+def test_balanced_a_class_is_predicted_as_often_as_if_every_class_had_as_many_rows(
+    seed: int, rows: int, classes: int
+) -> None:
+    scores, labels = tables(seed, rows, classes)
+    labels[:classes] = range(classes)
+    said = softmax(scores + fitted_biases(scores, labels, 1000.0, 1.0))
+    by_class = [said[np.array(labels) == c].mean(0) for c in range(classes)]
+    np.testing.assert_allclose(np.mean(by_class, axis=0), 1 / classes, atol=0.03)
 
 
 def test_without_rows_there_is_no_bias() -> None:
@@ -130,6 +152,16 @@ def test_they_help_whoever_leans_to_a_class_and_nobody_who_does_not() -> None:
     assert not helpful(outcome(scores, labels))
     assert not helpful(outcome(scores[:1] + np.array([3.0, 0.0]), labels[:1]))
     assert not helpful(Outcome([], [2], [-1.0]))
+
+
+def test_who_counts_classes_the_same_wants_others_than_who_counts_rows() -> None:
+    """Nothing is known of any row: by the rows the commoner class is likelier, by the classes none is."""
+    ignorant = outcome(np.zeros((60, 2)), [0] * 6 + [1] * 54)
+    assert helpful(ignorant)
+    assert not helpful(ignorant, 1.0)
+    assert class_biases(ignorant, balance=1.0) == pytest.approx((0, 0), abs=1e-6)
+    low, lower = (class_biases(ignorant, balance=b)[0] for b in (0.5, 0.0))
+    assert lower < low < 0
 
 
 def test_free_text_has_none() -> None:
@@ -228,14 +260,15 @@ def tuned(model: Path, out: Path, data: list[dict[str, str]] = UNEVEN, **tune: A
     )  # fmt: skip
 
 
-def test_tune_fits_them_on_rows_left_out(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run")
+@pytest.mark.parametrize("balance", [0.0, 0.25])
+def test_tune_fits_them_on_rows_left_out(model_folder: Path, tmp_path: Path, balance: float) -> None:
+    made = tuned(model_folder, tmp_path / "run", balance=balance)
     assert made.scores["accuracy"] == made.evaluate(DATA[:7])["accuracy"]
     first, second = (kept_outcomes(tmp_path / "run" / "search", fold) for fold in ("fold-1", "fold-2"))
     possible = set()
     for a, b in itertools.product(first, second):
         table = np.log(np.array(a["probabilities"] + b["probabilities"]))
-        possible.add(tuple(np.round(fitted_biases(table, a["truth"] + b["truth"]), 9)))
+        possible.add(tuple(np.round(fitted_biases(table, a["truth"] + b["truth"], balance=balance), 9)))
     for number, member in enumerate(made.members):
         biases = member.task.biases
         assert any(abs(b) > 1e-6 for b in biases)
@@ -252,7 +285,7 @@ def kept_outcomes(search: Path, fold: str) -> list[dict[str, Any]]:
 def test_there_are_none_for_rows_drawn_class_by_class_or_where_nobody_wants_them(
     data: list[dict[str, str]], biases: str, model_folder: Path, tmp_path: Path
 ) -> None:
-    made = tuned(model_folder, tmp_path / "run", data, biases=biases)
+    made = tuned(model_folder, tmp_path / "run", data, biases=biases, balance=0.0)
     assert {m.task.biases for m in made.members} == {()}
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
     losses = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
+from sklearn.utils.class_weight import compute_sample_weight
 
 import foreword
 from conftest import ROWS, Cli
 from foreword.config import TuneConfig
 from foreword.data.splits import k_folds
 from foreword.errors import ForewordError
-from foreword.tuning.ensemble import log_loss, select, shares
+from foreword.tuning.ensemble import log_loss, row_weights, select, shares
 from foreword.tuning.halving import Budget, Rung, plan
 from foreword.tuning.space import Known, Listed, Optuna, candidates, survivors
 
@@ -125,23 +126,27 @@ def random_tables(seed: int, count: int, rows: int = 12, classes: int = 3) -> tu
     return rng.integers(0, classes, rows).tolist(), [rng.dirichlet(np.ones(classes), rows) for _ in range(count)]
 
 
-def penalised(weights: Any, truth: list[int], tables: list[Any], prior_rows: float) -> float:
+def penalised(
+    weights: Any, truth: list[int], tables: list[Any], prior_rows: float, rows: Sequence[float] = (1,) * 12
+) -> float:
     """What the shares have least of: loss of the rows and of the prior, in nats."""
     likelihoods = np.array([[table[i][own] for i, own in enumerate(truth)] for table in tables])
-    return float(-np.log(weights @ likelihoods).sum() - prior_rows / len(tables) * np.log(weights).sum())
+    return float(-np.log(weights @ likelihoods) @ rows - prior_rows / len(tables) * np.log(weights).sum())
 
 
-@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([3.0, 12.0, 100.0]))
-def test_shares_are_what_a_general_optimiser_finds(seed: int, count: int, prior_rows: float) -> None:
+@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([3.0, 12.0, 100.0]), st.sampled_from([0.0, 0.7, 1.0]))
+def test_shares_are_what_a_general_optimiser_finds(seed: int, count: int, prior_rows: float, balance: float) -> None:
     truth, tables = random_tables(seed, count)
+    rows = row_weights(truth, balance)
 
     def loss(logits: Any) -> float:
-        return penalised(scipy.special.softmax(logits), truth, tables, prior_rows)
+        return penalised(scipy.special.softmax(logits), truth, tables, prior_rows, rows)
 
     wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(count), tol=1e-10).x)
-    found = shares(truth, tables, prior_rows)
+    found = shares(truth, tables, prior_rows, balance)
+    lost, least = (penalised(w, truth, tables, prior_rows, rows) for w in (found, wanted))
     assert found.sum() == pytest.approx(1)
-    assert penalised(found, truth, tables, prior_rows) <= penalised(wanted, truth, tables, prior_rows) + 1e-6
+    assert lost <= least + 1e-6
     assert found == pytest.approx(wanted, abs=1e-3)
 
 
@@ -161,6 +166,22 @@ def test_the_first_member_is_the_best_alone_and_all_have_places_by_their_shares(
     assert chosen == select(truth, tables, 9)[:count]
     places, wanted = np.bincount(chosen, minlength=3), count * shares(truth, tables)
     assert np.abs(places - wanted).max() <= 1.5
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
+def test_balanced_rows_weigh_what_scikit_learn_says_and_unbalanced_ones_the_same(truth: list[int]) -> None:
+    assert row_weights(truth, 1.0) == pytest.approx(compute_sample_weight("balanced", truth))
+    assert row_weights(truth, 0.0).tolist() == [1.0] * len(truth)
+    half = row_weights(truth, 0.5)
+    assert half.mean() == pytest.approx(1)
+    assert half / half[0] == pytest.approx((row_weights(truth, 1.0) / row_weights(truth, 1.0)[0]) ** 0.5)
+
+
+def test_the_weighted_loss_is_scikit_learns() -> None:
+    truth, tables = random_tables(2, 1)
+    weights = compute_sample_weight("balanced", truth)
+    expected = sklearn_log_loss(truth, tables[0], labels=[0, 1, 2], sample_weight=weights)
+    assert log_loss(truth, tables[0], 1.0) == pytest.approx(expected)
 
 
 def test_the_loss_is_scikit_learns() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import foreword
 from conftest import ROWS, Cli
+from foreword.config import TuneConfig
 from foreword.data.splits import k_folds
 from foreword.evaluation.biases import PLAIN, fitted_biases
 from foreword.evaluation.scoring import softmax
@@ -47,15 +48,15 @@ def said(used: Any) -> np.ndarray[Any, Any]:
     return np.array([list(p.probabilities.values()) for p in used.predict([r["text"] for r in DATA])])
 
 
-def last_alone(truth: Any, tables: list[Any], count: int) -> list[int]:
+def last_alone(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
     return [len(tables) - 1] * count
 
 
-def last_two_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
+def last_two_and_first(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
     return [len(tables) - 1, len(tables) - 2, 0]
 
 
-def last_and_first(truth: Any, tables: list[Any], count: int) -> list[int]:
+def last_and_first(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
     return [len(tables) - 1, 0, 0]
 
 
@@ -127,11 +128,11 @@ def test_it_may_be_a_member_in_several_wordings(
 def test_a_folds_rows_have_the_biases_of_its_other_rows(alone: Path) -> None:
     made = foreword.load(alone)
     plain = np.log(said(made)) - np.array(made.task.biases)
-    truth = np.array([CLASSES.index(r["label"]) for r in DATA])
-    assert made.task.biases == pytest.approx(fitted_biases(plain, truth.tolist(), PLAIN), abs=1e-4)
+    truth, balance = np.array([CLASSES.index(r["label"]) for r in DATA]), TuneConfig().balance
+    assert made.task.biases == pytest.approx(fitted_biases(plain, truth.tolist(), PLAIN, balance), abs=1e-4)
     losses = []
     for keep, out in k_folds([r["label"] for r in DATA], 2, 0):
-        biases = fitted_biases(plain[keep], truth[keep].tolist(), PLAIN)
+        biases = fitted_biases(plain[keep], truth[keep].tolist(), PLAIN, balance)
         losses += log_losses(truth[out].tolist(), softmax(plain[out] + biases)).tolist()
     assert trials(alone)[-1]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
@@ -175,7 +176,7 @@ def test_in_an_ensemble_it_is_a_member_like_others_and_a_resumed_search_makes_th
 def test_it_takes_the_place_of_no_trained_member(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alternating(truth: Any, tables: list[Any], count: int) -> list[int]:
+    def alternating(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
         return [(len(tables) - 1) * (i % 2) for i in range(count)]
 
     monkeypatch.setattr("foreword.jobs.tune.select", alternating)

@@ -92,7 +92,7 @@ def folds_of(rows: Sequence[dict[str, str]]) -> list[tuple[list[int], list[int]]
 
 def test_all_closings_are_compared_with_own_and_learnt_words() -> None:
     backbone, splits = tiny.backbone(dtype=torch.float32), splits_of(DATA)
-    found = compared(backbone, splits.task, splits.train, folds_of(DATA), BOTH)
+    found = compared(backbone, splits.task, splits.train, folds_of(DATA), BOTH, 0.0)
     assert len(found) == 2 * (1 + len(CLOSINGS))
     assert (found[0].wording.template, found[0].wording.words) == (splits.task.template, CLASSES)
     for judged in found:
@@ -100,7 +100,7 @@ def test_all_closings_are_compared_with_own_and_learnt_words() -> None:
         assert len(set(judged.wording.words)) == 2
     learnt = [w for j in found if j.wording.words != CLASSES for w in j.wording.words]
     assert learnt and all(w.isalpha() for w in learnt)
-    alone = compared(backbone, splits.task, splits.train, folds_of(DATA), Free(closing=False, words=False))
+    alone = compared(backbone, splits.task, splits.train, folds_of(DATA), Free(closing=False, words=False), 0.0)
     assert [j.wording for j in alone] == [found[0].wording]
 
 
@@ -109,8 +109,8 @@ def test_rows_left_out_have_no_part_in_a_folds_words() -> None:
     backbone, splits, folds = tiny.backbone(dtype=torch.float32), splits_of(DATA), folds_of(DATA)
     _, out = folds[0]
     other = [{**r, "label": CLASSES[r["label"] == CLASSES[0]]} if i in out else r for i, r in enumerate(DATA)]
-    mine = compared(backbone, splits.task, splits.train, folds, BOTH)
-    theirs = compared(backbone, splits.task, splits_of(other).train, folds, BOTH)
+    mine = compared(backbone, splits.task, splits.train, folds, BOTH, 0.0)
+    theirs = compared(backbone, splits.task, splits_of(other).train, folds, BOTH, 0.0)
     for a, b in zip(mine, theirs, strict=True):
         assert a.wording.fold_words[0] == b.wording.fold_words[0]
         assert not np.allclose(a.losses[out], b.losses[out])
@@ -119,7 +119,7 @@ def test_rows_left_out_have_no_part_in_a_folds_words() -> None:
 def test_rows_of_many_classes_teach_no_words() -> None:
     rows = [{"text": f"word {i}", "label": f"class {i // 2}"} for i in range(8)]
     splits = splits_of(rows)
-    found = compared(tiny.backbone(dtype=torch.float32), splits.task, splits.train, folds_of(rows), BOTH)
+    found = compared(tiny.backbone(dtype=torch.float32), splits.task, splits.train, folds_of(rows), BOTH, 0.0)
     assert {j.wording.words for j in found} == {splits.task.words}
     assert len(found) == 1 + len(CLOSINGS)
 
@@ -194,7 +194,7 @@ def task_of(run: Path) -> dict[str, Any]:
 
 
 def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: Path, tmp_path: Path) -> None:
-    made = tuned(model_folder, tmp_path / "run", {})
+    made = tuned(model_folder, tmp_path / "run", {"untrained": "never"})
     decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())["wordings"][0]
     task = task_of(tmp_path / "run")
     assert (task["template"], list(task["words"])) == (decided["template"], decided["words"])

@@ -129,6 +129,7 @@ def check_tune(recipe: Recipe) -> None:
     _need(not (tune.ray and recipe.train.parallel), "tune.ray", "trainings are on Ray or spread, not both", "keep one")
     _need(tune.rows >= tune.folds, "tune.rows", f"{tune.rows} rows cannot be parted in {tune.folds}", "tune.rows=512")
     _need(tune.folds >= 2, "tune.folds", f"{tune.folds} folds leave nothing out", "tune.folds=3")
+    _need(0 <= tune.balance <= 1, "tune.balance", f"{tune.balance:g} is no share", "from 0 (rows) to 1 (classes)")
     _need(tune.members >= 1, "tune.members", f"an ensemble of {tune.members}", "tune.members=1 is a single one")
     limits = [x for x in (tune.minutes, tune.trainings) if x]
     _need(len(limits) == 1 and 0 < limits[0] < math.inf, "tune.minutes", "the budget is minutes or trainings",

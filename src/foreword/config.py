@@ -214,6 +214,10 @@ class TuneConfig:
     """A bias for each class, fitted on the rows left out, that Foreword adds wherever classes are compared (PEFT and
     vLLM by themselves know none): never, or auto: where it lowers the loss of rows that had no part in it, unless every
     class has as many rows, which says that somebody drew them so and nothing of how often a class comes."""
+    balance: float = 0.5
+    """How much a rare class's rows count where biases are fitted, and wordings and candidates compared. 0: every row
+    the same, for accuracy and probabilities; 1: every class the same, for macro-F1; between, a good deal of both.
+    Nothing where every class has as many rows."""
     untrained: str = "auto"
     """The model as it is, behind one virtual token that says nothing, as a candidate beside the trained ones: auto, or
     never. With a bias for each class it is what few rows often leave nothing to add to; alone or in the ensemble, if it

@@ -2,7 +2,7 @@
 
 The maximum of the posterior of a logistic regression that has intercepts alone, with the label words' log-probabilities
 as offsets. After Zhao et al. 2021 (arXiv 2102.09690), who fit biases without labelled rows, and King & Zeng 2001
-("Logistic Regression in Rare Events Data", prior correction).
+("Logistic Regression in Rare Events Data", prior correction and weighting).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from foreword.evaluation.evaluate import Outcome
 from foreword.evaluation.scoring import Floats, rebalanced, softmax
-from foreword.tuning.ensemble import beyond_chance, log_losses
+from foreword.tuning.ensemble import beyond_chance, row_weights, weighted_losses
 
 TRAINED, PLAIN = 1.0, 5.0
 """Standard deviations of a bias before a row is seen, in nats: of a soft prompt, and of the plain model, which may lean
@@ -28,20 +28,24 @@ SMALLEST = 1e-30
 """Probability that a logarithm is taken of, at least."""
 
 
-def fitted_biases(scores: Floats, labels: Sequence[int], deviation: float = TRAINED) -> Floats:
+def fitted_biases(scores: Floats, labels: Sequence[int], deviation: float = TRAINED, balance: float = 0.0) -> Floats:
     """The likeliest biases ``[C]`` of classes, in nats; they sum to 0.
 
     Args:
         scores: log-probabilities ``[n, C]``, up to a constant a row, by who was not trained on these rows.
         labels: class index of each row.
         deviation: of the normal distribution that a bias is drawn from.
+        balance: of the rows' weights, see ``row_weights``.
     """
-    counts = np.bincount(labels, minlength=scores.shape[1])
+    if not len(labels):
+        return np.zeros(scores.shape[1])
+    weights = row_weights(labels, balance)
+    counts = np.bincount(labels, weights, minlength=scores.shape[1])
     biases = np.zeros(scores.shape[1])
     # No second derivative is above this (Böhning 1992), so that no step leads downhill.
     steepest = len(scores) / 2 + deviation**-2
     for _ in range(STEPS):
-        step = (counts - softmax(scores + biases).sum(0) - biases / deviation**2) / steepest
+        step = (counts - weights @ softmax(scores + biases) - biases / deviation**2) / steepest
         biases += step
         if np.abs(step).max() < SETTLED:
             break
@@ -53,14 +57,17 @@ def says_shares(counts: Sequence[int]) -> bool:
     return max(counts) - min(counts) > 1
 
 
-def class_biases(outcome: Outcome, deviation: float = TRAINED) -> tuple[float, ...]:
-    """The biases of a classifier by its outcome on rows that it was not trained on; none of free text."""
+def class_biases(outcome: Outcome, deviation: float = TRAINED, balance: float = 0.0) -> tuple[float, ...]:
+    """The biases of a classifier by its outcome on rows that it was not trained on; none of free text.
+
+    See ``fitted_biases`` for the arguments.
+    """
     if outcome.probabilities is None:
         return ()
-    return tuple(fitted_biases(logarithms(outcome.probabilities), outcome.truth, deviation).tolist())
+    return tuple(fitted_biases(logarithms(outcome.probabilities), outcome.truth, deviation, balance).tolist())
 
 
-def cross_biased(outcome: Outcome) -> Outcome:
+def cross_biased(outcome: Outcome, balance: float = 0.0) -> Outcome:
     """The outcome with biases: those of a row are fitted without it, on four fifths of the rows.
 
     The parts have the classes' shares. Free text stays as it is.
@@ -71,18 +78,18 @@ def cross_biased(outcome: Outcome) -> Outcome:
     truth, found = np.array(outcome.truth), table.copy()
     part = np.argsort(np.argsort(truth, kind="stable"), kind="stable") % PARTS
     for out in (part == k for k in range(PARTS)):
-        biases = fitted_biases(logarithms(table[~out]), truth[~out].tolist())
+        biases = fitted_biases(logarithms(table[~out]), truth[~out].tolist(), balance=balance)
         found[out] = rebalanced(table[out], biases.tolist())
     return replace(outcome, probabilities=found)
 
 
-def helpful(outcome: Outcome) -> Outcome | None:
-    """The outcome with biases (``cross_biased``) if they lower the log loss by more than a standard error."""
+def helpful(outcome: Outcome, balance: float = 0.0) -> Outcome | None:
+    """The outcome with biases (``cross_biased``) if they lower the weighted loss by more than a standard error."""
     if outcome.probabilities is None or len(outcome.truth) < PARTS:
         return None
-    found = cross_biased(outcome)
+    found = cross_biased(outcome, balance)
     assert found.probabilities is not None
-    before, after = (log_losses(outcome.truth, o) for o in (outcome.probabilities, found.probabilities))
+    before, after = (weighted_losses(outcome.truth, o, balance) for o in (outcome.probabilities, found.probabilities))
     return found if beyond_chance(before - after) else None
 
 

@@ -27,6 +27,8 @@ class Trial:
     """Of this rung."""
     biasing: bool = False
     """Whether classes may have biases that the outcomes are without."""
+    balance: float = 0.0
+    """Of the rows' weights (``row_weights``) where biases are fitted and candidates compared."""
     fitted: tuple[float, ...] = ()
     """Those that the outcomes have already: of the classes, by all rows."""
 
@@ -36,7 +38,7 @@ class Trial:
 
     @cached_property
     def _biased(self) -> Outcome | None:
-        return helpful(self._pooled) if self.biasing else None
+        return helpful(self._pooled, self.balance) if self.biasing else None
 
     @property
     def outcome(self) -> Outcome:
@@ -46,14 +48,14 @@ class Trial:
     @property
     def biases(self) -> tuple[float, ...]:
         """Of the classes, by all folds, where they help; else none."""
-        return class_biases(self._pooled) if self._biased else self.fitted
+        return class_biases(self._pooled, balance=self.balance) if self._biased else self.fitted
 
     @property
     def loss(self) -> float:
         """What candidates are compared by: of classes, else per target token."""
         table = self.outcome.probabilities
         if table is not None:
-            return log_loss(self.outcome.truth, table)
+            return log_loss(self.outcome.truth, table, self.balance)
         return -sum(self.outcome.logprobs) / sum(self.outcome.target_tokens)
 
     def facts(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from foreword.jobs.wording import Fold, Wording, settle_wording
 from foreword.parallel.world import ALONE, World
 from foreword.records import Row
 from foreword.training.progress import METRICS
-from foreword.tuning.ensemble import log_losses, select
+from foreword.tuning.ensemble import select, weighted_losses
 from foreword.tuning.halving import Budget, Rung, cost, plan
 from foreword.tuning.space import UNTRAINED, Candidate, survivors
 
@@ -130,7 +130,7 @@ class _Search:
         write_tuned(self.workshop, self.out, members, expected, [t.facts() for t in self.trials])
 
     def _losses_in(self, name: str, wording: Wording, folds: Sequence[Fold]) -> Floats:
-        """Log losses of the rows left out, fold by fold, after the first candidate was trained in a wording."""
+        """Weighted losses of the rows left out, fold by fold, after the first candidate was trained in a wording."""
         task = wording.task(self.splits.task)
         workshop = Workshop(self.recipe, replace(self.splits, task=task), self.workshop.backbone, self.console)
         outcomes = []
@@ -141,7 +141,7 @@ class _Search:
             outcomes += done.outcomes
         found = pooled(outcomes)
         assert found.probabilities is not None, "the task has classes"
-        return log_losses(found.truth, found.probabilities)
+        return weighted_losses(found.truth, found.probabilities, self.recipe.tune.balance)
 
     def _duel_task(self, name: str, number: int, fold: Fold, words: tuple[str, ...]) -> Task:
         """The first candidate in a wording of this name, as a search on the rows of the folds trains it."""
@@ -239,7 +239,8 @@ class _Search:
 
     def _new(self, candidate: Candidate) -> Trial:
         """A candidate before its first fold."""
-        return Trial(0, candidate, self.workshop.epochs(len(self.searched)), (), 0, 0.0, self.biasing)
+        epochs = self.workshop.epochs(len(self.searched))
+        return Trial(0, candidate, epochs, (), 0, 0.0, self.biasing, self.recipe.tune.balance)
 
     def _untrained(self) -> list[Trial]:
         """The model as it is, if it is a candidate, in each of the wordings: few rows often choose the wrong one.
@@ -250,9 +251,9 @@ class _Search:
             return []
         mine: list[Trial] = []
         if self.world.first or self.world.layout.sharded:
-            biasing = self.recipe.tune.biases == "auto"
+            biasing, balance = self.recipe.tune.biases == "auto", self.recipe.tune.balance
             asked = [(UNTRAINED, self.wording), *((w.asked(UNTRAINED), w) for w in self.other_wordings)]
-            mine = [untrained_trial(self.workshop, c, self.folds, w.fold_words, biasing) for c, w in asked]
+            mine = [untrained_trial(self.workshop, c, self.folds, w.fold_words, biasing, balance) for c, w in asked]
         found = self.world.said_by_first(mine)
         assert found is not None, "the first process has them"
         self._tell(found)
@@ -302,7 +303,8 @@ class _Search:
         tables = [t.outcome.probabilities for t in found]
         if tables[0] is None:
             return [min(range(len(found)), key=lambda i: found[i].loss)]
-        chosen = select(found[0].outcome.truth, [t for t in tables if t is not None], self._most_members())
+        told, truth = [t for t in tables if t is not None], found[0].outcome.truth
+        chosen = select(truth, told, self._most_members(), self.recipe.tune.balance)
         trained = np.cumsum([found[i].candidate.trained for i in chosen])
         # Trained again it is another soft prompt; the model as it is stays the same one.
         return chosen[: np.searchsorted(trained, count, side="right")] if trained[-1] else chosen[:1]

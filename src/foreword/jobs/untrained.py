@@ -26,7 +26,7 @@ def untrained_too(recipe: Recipe, task: Task) -> bool:
 
 def untrained_trial(
     workshop: Workshop, candidate: Candidate, folds: Sequence[tuple[Sequence[int], Sequence[int]]],
-    fold_words: Sequence[tuple[str, ...]], biasing: bool,
+    fold_words: Sequence[tuple[str, ...]], biasing: bool, balance: float,
 ) -> Trial:  # fmt: skip
     """What it says of each fold's rows, with biases by its other rows and in the words that these teach.
 
@@ -36,6 +36,7 @@ def untrained_trial(
         folds: training and held-out rows of each.
         fold_words: label words of each fold.
         biasing: whether classes have biases.
+        balance: of the rows' weights (``row_weights``).
     """
     began, words_of_all = time.monotonic(), workshop.words(candidate)
     rows = [row for _, out in folds for row in out]
@@ -44,6 +45,7 @@ def untrained_trial(
     outcomes = []
     for (keep, out), words in zip(folds, fold_words, strict=True):
         others, mine = (said[words].rows([place[row] for row in part]) for part in (keep, out))
-        outcomes.append(mine.rebalanced(class_biases(others, PLAIN)) if biasing else mine)
-    biases = class_biases(said[words_of_all], PLAIN) if biasing else ()
-    return Trial(0, candidate, 0, tuple(outcomes), len(folds), time.monotonic() - began, fitted=biases)
+        outcomes.append(mine.rebalanced(class_biases(others, PLAIN, balance)) if biasing else mine)
+    biases = class_biases(said[words_of_all], PLAIN, balance) if biasing else ()
+    seconds = time.monotonic() - began
+    return Trial(0, candidate, 0, tuple(outcomes), len(folds), seconds, balance=balance, fitted=biases)

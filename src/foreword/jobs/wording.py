@@ -28,7 +28,7 @@ from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
 from foreword.jobs.untrained import untrained_too
 from foreword.records import Table, Task
-from foreword.tuning.ensemble import beyond_chance, log_losses
+from foreword.tuning.ensemble import beyond_chance, weighted_losses
 from foreword.tuning.space import Candidate, shown
 
 CLOSINGS = ("\nThis is", "\nThis is a", "\nIt is about", "\nOverall, it is", "\nType:", "\nTopic:")
@@ -84,7 +84,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Judged:
-    """A wording and its log losses ``[n]`` of rows left out, in nats."""
+    """A wording and its weighted losses ``[n]`` of rows left out, in nats."""
 
     wording: Wording
     losses: Floats
@@ -107,7 +107,7 @@ def settle_wording(
         backbone: the model.
         folds: training and held-out rows of each fold.
         decided: takes a decision once, for all processes and for a resumed search.
-        trained: trains the first candidate in a wording, by this name; gives the log losses of the rows left out.
+        trained: trains the first candidate in a wording, by this name; gives the weighted losses of the rows left out.
         console: is told what was compared.
     """
     task, data = splits.task, recipe.data
@@ -118,7 +118,7 @@ def settle_wording(
     def decide() -> dict[str, Any]:
         began, looked = time.monotonic(), thinned(folds)
         say(console, "wording: what the plain model says of rows left out")
-        found = compared(backbone, task, splits.train, looked, free)
+        found = compared(backbone, task, splits.train, looked, free, recipe.tune.balance)
         ranked = sorted(found, key=_loss)
         for judged in ranked:
             say(console, f"  {judged}")
@@ -158,7 +158,9 @@ def thinned(folds: Sequence[Fold]) -> list[Fold]:
     return [([i for i in keep if i in looked], [i for i in out if i in looked]) for keep, out in folds]
 
 
-def compared(backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold], free: Free) -> list[Judged]:
+def compared(
+    backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold], free: Free, balance: float
+) -> list[Judged]:
     """All wordings, the given one first.
 
     Args:
@@ -167,11 +169,12 @@ def compared(backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold]
         table: the training rows.
         folds: training and held-out rows of each fold.
         free: what may be others.
+        balance: of the rows' weights (``row_weights``).
     """
     templates = [task.template, *(with_closing(task.template, c) for c in CLOSINGS if free.closing)]
     found: list[Judged] = []
     for template in dict.fromkeys(templates):
-        found += _Trial(backbone, replace(task, template=template), table, folds).wordings(free.words)
+        found += _Trial(backbone, replace(task, template=template), table, folds, balance).wordings(free.words)
     return found
 
 
@@ -214,8 +217,8 @@ def _loss(judged: Judged) -> float:
 class _Trial:
     """One template: the given words and the learnt ones on it."""
 
-    def __init__(self, backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold]) -> None:
-        self.backbone, self.task = backbone, task
+    def __init__(self, backbone: Backbone, task: Task, table: Table, folds: Sequence[Fold], balance: float) -> None:
+        self.backbone, self.task, self.balance = backbone, task, balance
         rows = sorted(i for _, out in folds for i in out)
         place = {row: i for i, row in enumerate(rows)}
         self.folds = [([place[i] for i in keep], [place[i] for i in out]) for keep, out in folds]
@@ -244,11 +247,11 @@ class _Trial:
     def _judged(
         self, words: tuple[str, ...], fold_words: Sequence[tuple[str, ...]], scores: Sequence[Floats]
     ) -> Judged:
-        losses = np.zeros(len(self.labels))
-        truth = np.array(self.labels)
+        truth, said = np.array(self.labels), np.zeros((len(self.labels), len(words)))
         for (keep, out), table in zip(self.folds, scores, strict=True):
-            biases = fitted_biases(table[keep], truth[keep].tolist(), PLAIN)
-            losses[out] = log_losses(truth[out].tolist(), softmax(table[out] + biases))
+            biases = fitted_biases(table[keep], truth[keep].tolist(), PLAIN, self.balance)
+            said[out] = softmax(table[out] + biases)
+        losses = weighted_losses(self.labels, said, self.balance)
         return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
 
     def _learnt(self, table: Floats, rows: Sequence[int]) -> list[int]:

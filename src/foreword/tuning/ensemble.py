@@ -33,9 +33,28 @@ def log_losses(truth: Sequence[int], probabilities: Floats) -> Floats:
     return found
 
 
-def log_loss(truth: Sequence[int], probabilities: Floats) -> float:
-    """Their mean."""
-    return float(log_losses(truth, probabilities).mean())
+def row_weights(truth: Sequence[int], balance: float) -> Floats:
+    """How much each row counts ``[n]``, 1 on average.
+
+    Args:
+        truth: class of each row ``[n]``.
+        balance: 0: all rows the same; 1: all classes the same; between: a row counts as the power of its class's
+            number of rows says.
+    """
+    each = np.bincount(truth)[np.asarray(truth, dtype=np.int64)] ** -balance
+    found: Floats = each * (len(each) / each.sum())
+    return found
+
+
+def weighted_losses(truth: Sequence[int], probabilities: Floats, balance: float) -> Floats:
+    """``log_losses`` as much as each row counts ``[n]``; see ``row_weights``."""
+    found: Floats = log_losses(truth, probabilities) * row_weights(truth, balance)
+    return found
+
+
+def log_loss(truth: Sequence[int], probabilities: Floats, balance: float = 0.0) -> float:
+    """The mean of ``weighted_losses``."""
+    return float(weighted_losses(truth, probabilities, balance).mean())
 
 
 def beyond_chance(gains: Floats) -> bool:
@@ -43,31 +62,34 @@ def beyond_chance(gains: Floats) -> bool:
     return bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
 
 
-def shares(truth: Sequence[int], tables: Sequence[Floats], prior_rows: float = PRIOR_ROWS) -> Floats:
+def shares(
+    truth: Sequence[int], tables: Sequence[Floats], prior_rows: float = PRIOR_ROWS, balance: float = 0.0
+) -> Floats:
     """Weight of each candidate in the mean ``[K]``, above 0 and 1 in all.
 
     Args:
         truth: class of each row ``[n]``.
         tables: out-of-fold probabilities of each candidate ``[n, C]``.
         prior_rows: rows that say nothing but that all are as good.
+        balance: of the rows' weights, see ``row_weights``.
     """
     each = np.array([likelihoods(truth, t) for t in tables])
-    weights = np.full(len(tables), 1 / len(tables))
+    rows, weights = row_weights(truth, balance), np.full(len(tables), 1 / len(tables))
     for _ in range(STEPS):
         joint = weights[:, None] * each
-        counts = (joint / joint.sum(axis=0)).sum(axis=1) + prior_rows / len(tables)
+        counts = (joint / joint.sum(axis=0) * rows).sum(axis=1) + prior_rows / len(tables)
         weights = counts / counts.sum()
     return weights
 
 
-def select(truth: Sequence[int], tables: Sequence[Floats], count: int) -> list[int]:
+def select(truth: Sequence[int], tables: Sequence[Floats], count: int, balance: float = 0.0) -> list[int]:
     """Indices of ``count`` members, the first the best alone; some may stand there several times.
 
     The rest have places by their shares (Webster's method): the first of them are what fewer members would be.
     See ``shares`` for the arguments.
     """
-    weights = shares(truth, tables)
-    chosen = [int(np.argmin([log_loss(truth, t) for t in tables]))]
+    weights = shares(truth, tables, balance=balance)
+    chosen = [int(np.argmin([log_loss(truth, t, balance) for t in tables]))]
     while len(chosen) < count:
         places = np.bincount(chosen, minlength=len(tables))
         chosen.append(int(np.argmax(weights / (2 * places + 1))))
