@@ -251,9 +251,8 @@ class _Search:
             return []
         mine: list[Trial] = []
         if self.world.first or self.world.layout.sharded:
-            biasing, balance = self.recipe.tune.biases == "auto", self.recipe.tune.balance
             asked = [(UNTRAINED, self.wording), *((w.asked(UNTRAINED), w) for w in self.other_wordings)]
-            mine = [untrained_trial(self.workshop, c, self.folds, w.fold_words, biasing, balance) for c, w in asked]
+            mine = [untrained_trial(self.workshop, c, self.folds, w.fold_words) for c, w in asked]
         found = self.world.said_by_first(mine)
         assert found is not None, "the first process has them"
         self._tell(found)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from foreword.config import Recipe
 from foreword.data.template import parse
 from foreword.evaluation.biases import PLAIN, class_biases
+from foreword.evaluation.evaluate import Outcome
 from foreword.jobs.candidates import Workshop
 from foreword.jobs.trial import Trial
 from foreword.records import Task
@@ -26,7 +27,7 @@ def untrained_too(recipe: Recipe, task: Task) -> bool:
 
 def untrained_trial(
     workshop: Workshop, candidate: Candidate, folds: Sequence[tuple[Sequence[int], Sequence[int]]],
-    fold_words: Sequence[tuple[str, ...]], biasing: bool, balance: float,
+    fold_words: Sequence[tuple[str, ...]],
 ) -> Trial:  # fmt: skip
     """What it says of each fold's rows, with biases by its other rows and in the words that these teach.
 
@@ -35,17 +36,19 @@ def untrained_trial(
         candidate: ``UNTRAINED``, in whatever wording.
         folds: training and held-out rows of each.
         fold_words: label words of each fold.
-        biasing: whether classes have biases.
-        balance: of the rows' weights (``row_weights``).
     """
-    began, words_of_all = time.monotonic(), workshop.words(candidate)
+    began, words_of_all, tune = time.monotonic(), workshop.words(candidate), workshop.recipe.tune
+
+    def biases_by(outcome: Outcome) -> tuple[float, ...]:
+        return class_biases(outcome, PLAIN, tune.balance) if tune.biases == "auto" else ()
+
     rows = [row for _, out in folds for row in out]
     place = {row: i for i, row in enumerate(rows)}
     said = {words: workshop.untrained(candidate, rows, words) for words in dict.fromkeys((*fold_words, words_of_all))}
     outcomes = []
     for (keep, out), words in zip(folds, fold_words, strict=True):
         others, mine = (said[words].rows([place[row] for row in part]) for part in (keep, out))
-        outcomes.append(mine.rebalanced(class_biases(others, PLAIN, balance)) if biasing else mine)
-    biases = class_biases(said[words_of_all], PLAIN, balance) if biasing else ()
+        outcomes.append(mine.rebalanced(biases_by(others)))
+    biases = biases_by(said[words_of_all])
     seconds = time.monotonic() - began
-    return Trial(0, candidate, 0, tuple(outcomes), len(folds), seconds, balance=balance, fitted=biases)
+    return Trial(0, candidate, 0, tuple(outcomes), len(folds), seconds, balance=tune.balance, fitted=biases)
