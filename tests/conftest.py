@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             main()
         except SystemExit as e:
             code = int(e.code or 0)
+        finally:
+            logging.getLogger("foreword").handlers.clear()  # its stream is this test's and ends with it
         out = capsys.readouterr()
         return code, out.out, out.err
 
