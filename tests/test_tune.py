@@ -170,7 +170,7 @@ def test_the_first_member_is_the_best_alone_and_all_have_places_by_their_shares(
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_balanced_rows_weigh_what_scikit_learn_says_and_unbalanced_ones_the_same(truth: list[int]) -> None:
-    assert row_weights(truth, 1.0) == pytest.approx(compute_sample_weight("balanced", truth))
+    assert row_weights(truth, 1) == pytest.approx(compute_sample_weight("balanced", truth))
     assert row_weights(truth, 0.0).tolist() == [1.0] * len(truth)
     half = row_weights(truth, 0.5)
     assert half.mean() == pytest.approx(1)

@@ -41,7 +41,7 @@ def row_weights(truth: Sequence[int], balance: float) -> Floats:
         balance: 0: all rows the same; 1: all classes the same; between: a row counts as the power of its class's
             number of rows says.
     """
-    each = np.bincount(truth)[np.asarray(truth, dtype=np.int64)] ** -balance
+    each = np.bincount(truth)[np.asarray(truth, dtype=np.int64)] ** -float(balance)
     found: Floats = each * (len(each) / each.sum())
     return found
 
