@@ -38,8 +38,8 @@ def row_weights(truth: Sequence[int], balance: float) -> Floats:
 
     Args:
         truth: class of each row ``[n]``.
-        balance: 0: all rows the same; 1: all classes the same; between: a row counts as the power of its class's
-            number of rows says.
+        balance: a row counts by the number of rows of its class to the power of minus this. 0: all rows the same;
+            1: all classes the same.
     """
     each = np.bincount(truth)[np.asarray(truth, dtype=np.int64)] ** -float(balance)
     found: Floats = each * (len(each) / each.sum())
