@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from foreword.evaluation.evaluate import Outcome
-from foreword.evaluation.scoring import Floats, rebalanced, softmax
+from foreword.evaluation.scoring import Floats, softmax
 from foreword.tuning.ensemble import beyond_chance, row_weights, weighted_losses
 
 TRAINED, PLAIN = 1.0, 5.0
@@ -67,20 +67,37 @@ def class_biases(outcome: Outcome, deviation: float = TRAINED, balance: float = 
     return tuple(fitted_biases(logarithms(outcome.probabilities), outcome.truth, deviation, balance).tolist())
 
 
+def biased_by_others(
+    tables: Sequence[Floats], labels: Sequence[int], folds: Sequence[tuple[Sequence[int], Sequence[int]]],
+    deviation: float = TRAINED, balance: float = 0.0,
+) -> Floats:  # fmt: skip
+    """Probabilities ``[n, C]`` of rows with biases that were fitted without them.
+
+    Args:
+        tables: log-probabilities ``[n, C]`` as each fold has them.
+        labels: class index of each row.
+        folds: of each, the rows that its biases are fitted on and those that get them.
+        deviation: see ``fitted_biases``.
+        balance: see ``row_weights``.
+    """
+    found = np.zeros_like(tables[0])
+    for (keep, out), table in zip(folds, tables, strict=True):
+        biases = fitted_biases(table[keep], [labels[i] for i in keep], deviation, balance)
+        found[out] = softmax(table[out] + biases)
+    return found
+
+
 def cross_biased(outcome: Outcome, balance: float = 0.0) -> Outcome:
     """The outcome with biases: those of a row are fitted without it, on four fifths of the rows.
 
     The parts have the classes' shares. Free text stays as it is.
     """
-    table = outcome.probabilities
-    if table is None:
+    if outcome.probabilities is None:
         return outcome
-    truth, found = np.array(outcome.truth), table.copy()
-    part = np.argsort(np.argsort(truth, kind="stable"), kind="stable") % PARTS
-    for out in (part == k for k in range(PARTS)):
-        biases = fitted_biases(logarithms(table[~out]), truth[~out].tolist(), balance=balance)
-        found[out] = rebalanced(table[out], biases.tolist())
-    return replace(outcome, probabilities=found)
+    part = np.argsort(np.argsort(outcome.truth, kind="stable"), kind="stable") % PARTS
+    folds = [(np.flatnonzero(part != k).tolist(), np.flatnonzero(part == k).tolist()) for k in range(PARTS)]
+    tables = [logarithms(outcome.probabilities)] * PARTS
+    return replace(outcome, probabilities=biased_by_others(tables, outcome.truth, folds, balance=balance))
 
 
 def helpful(outcome: Outcome, balance: float = 0.0) -> Outcome | None:

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
 from foreword.backbone.load import Backbone
 from foreword.config import DataConfig, Recipe
 from foreword.data.raft import is_task, read_task
 from foreword.data.template import default_template, with_closing
-from foreword.evaluation.biases import PLAIN, fitted_biases, logarithms
+from foreword.evaluation.biases import PLAIN, biased_by_others, logarithms
 from foreword.evaluation.evaluate import run_plain
-from foreword.evaluation.scoring import Floats, softmax
+from foreword.evaluation.scoring import Floats
 from foreword.evaluation.words import learnt_words, next_logprobs
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
@@ -247,10 +246,7 @@ class _Trial:
     def _judged(
         self, words: tuple[str, ...], fold_words: Sequence[tuple[str, ...]], scores: Sequence[Floats]
     ) -> Judged:
-        truth, said = np.array(self.labels), np.zeros((len(self.labels), len(words)))
-        for (keep, out), table in zip(self.folds, scores, strict=True):
-            biases = fitted_biases(table[keep], truth[keep].tolist(), PLAIN, self.balance)
-            said[out] = softmax(table[out] + biases)
+        said = biased_by_others(scores, self.labels, self.folds, PLAIN, self.balance)
         losses = weighted_losses(self.labels, said, self.balance)
         return Judged(Wording(self.task.template, words, tuple(fold_words)), losses)
 
