@@ -56,9 +56,9 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   *Cross-validation* pools the rows of five stratified folds, each scored by what was trained on the others;
   a seed is another division.
 - **Honest.** No test row chooses anything: TF-IDF's C and all that `foreword tune` chooses come from training rows.
-- **Intervals.** Mean over seeds with its 95 % t-interval, and the range in brackets. They hold how draws differ, not
-  which test rows there are: 300 test rows by themselves are good to 0.03-0.06 in accuracy. A subset of test rows is
-  the same for all contenders and seeds.
+- **Intervals.** Mean over seeds with its 95 % t-interval (of three seeds or more), and the range in brackets. They hold
+  how draws differ, not which test rows there are: 300 test rows by themselves are good to 0.03-0.06 in accuracy. A
+  subset of test rows is the same for all contenders and seeds.
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
   likeliest, and never writes anything else. `foreword tune` alone finds its own wording. Its runs are of several
   days' code (docs/log.md): on SST-2's other draws than the first they have the shared words; there and on Subj's first
@@ -155,12 +155,12 @@ def _cells(runs: Sequence[Run]) -> list[str]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """``mean ± half of the t-interval [least, most]``; of one value the value."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
+    """``mean ± half of the t-interval [least, most]``; of two values without the interval, of one the value."""
+    mean, extremes = statistics.mean(values), f"[{min(values):.3f}, {max(values):.3f}]"
+    if len(values) < 3:
+        return f"{mean:.3f} {extremes}" if len(values) == 2 else f"{mean:.3f}"
     half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f} [{min(values):.3f}, {max(values):.3f}]"
+    return f"{mean:.3f} ± {half:.3f} {extremes}"
 
 
 def _expectation(runs: Sequence[Run]) -> tuple[str, str]:

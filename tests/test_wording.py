@@ -23,7 +23,7 @@ from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
 from foreword.jobs.candidates import Task, Workshop
 from foreword.jobs.data import read_splits
 from foreword.jobs.tune import _Search
-from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, duel, finalists, thinned
+from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, finalists, thinned
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 CLASSES = ("complaint", "no complaint")
@@ -137,31 +137,6 @@ def test_learnt_words_are_trained_where_they_are_better_than_chance() -> None:
     assert finalists([given_one, better, unsure], task) == [better]
 
 
-@pytest.mark.parametrize(
-    ("plain", "after", "plain_too", "best", "trainings"),
-    [
-        ((1.4, 1.0), (0.7, 0.8), True, "own", ["own", "learnt"]),
-        ((1.4, 1.0), (0.7, 0.6), True, "learnt", ["own", "learnt"]),
-        ((0.6, 0.4), (0.5, 0.7), True, "learnt", ["own"]),
-        ((0.6, 0.4), (0.5, 0.7), False, "own", ["own", "learnt"]),
-        ((0.6, 0.5), (0.7, 0.8), True, "learnt", ["own"]),
-    ],
-)
-def test_both_wordings_are_trained_unless_the_plain_model_settles_it(
-    plain: tuple[float, float], after: tuple[float, float], plain_too: bool, best: str, trainings: list[str]
-) -> None:
-    own, learnt = (judged("x", (name,), [loss] * 4) for name, loss in zip(("own", "learnt"), plain, strict=True))
-    asked: list[str] = []
-
-    def trained(name: str, one: Judged) -> Judged:
-        assert one.wording.words == (name,)
-        asked.append(name)
-        return replace(one, losses=np.full(4, after[name == "learnt"]))
-
-    assert duel(own, learnt, trained, plain_too).wording.words == (best,)
-    assert asked == trainings
-
-
 def test_some_rows_of_many_are_looked_at_of_every_fold_its_share() -> None:
     folds = k_folds([str(i % 2) for i in range(1000)], 4, 0)
     found = thinned(folds)
@@ -201,8 +176,9 @@ def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: P
     assert {p.label for p in made.predict([r["text"] for r in DATA])} <= set(CLASSES)
 
 
+@pytest.mark.parametrize("untrained", ["auto", "never"])
 def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: str
 ) -> None:
     """By the losses that the search then has of its first candidate, as all rows are looked at; none trains twice."""
     told: list[tuple[Wording, float]] = []
@@ -225,7 +201,7 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     monkeypatch.setattr(_Search, "_losses_in", listening)
     monkeypatch.setattr(Workshop, "train", noting)
     rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog") for r in DATA]
-    tuned(model_folder, tmp_path / "run", {"trainings": 6, "untrained": "never"}, data=rows)
+    tuned(model_folder, tmp_path / "run", {"trainings": 6, "untrained": untrained}, data=rows)
     (_, first), (_, second) = told
     assert first != second
     best, loss = min(told, key=lambda t: t[1])

@@ -25,7 +25,6 @@ from foreword.evaluation.words import learnt_words, next_logprobs
 from foreword.jobs.data import Splits
 from foreword.jobs.prepare import make_encoder
 from foreword.jobs.training import say
-from foreword.jobs.untrained import untrained_too
 from foreword.records import Table, Task
 from foreword.tuning.ensemble import beyond_chance, weighted_losses
 from foreword.tuning.space import Candidate, shown
@@ -134,7 +133,7 @@ def settle_wording(
         best, *rival = finalists(found, task)
         if rival:
             say(console, "wording: what a soft prompt that was trained in it says")
-            best = duel(best, rival[0], after_training, untrained_too(recipe, task))
+            best = min(after_training("own", best), after_training("learnt", rival[0]), key=_loss)
         say(console, f"wording: {best.wording}")
         chosen = replace(best.wording, seconds=round(time.monotonic() - began, 1))
         # Many rows choose well, and asking the plain model takes a pass a wording and fold.
@@ -180,28 +179,12 @@ def compared(
 def finalists(found: Sequence[Judged], task: Task) -> list[Judged]:
     """The best with the task's own words, and the best of all if it has learnt ones and is better by more than chance.
 
-    So much for the plain model: training may turn it round, as it does on TREC (docs/log.md).
+    So much for the plain model: training may turn it round, as it does on TREC (docs/log.md). So both are trained, and
+    the plain model has no say any more: on SST-2 it liked words that chance had taught it ("error", "Fantasy").
     """
     own = min((j for j in found if j.wording.words == task.words), key=_loss)
     best = min(found, key=_loss)
     return [own, best] if beyond_chance(own.losses - best.losses) else [own]
-
-
-def duel(own: Judged, learnt: Judged, trained: Callable[[str, Judged], Judged], plain_too: bool) -> Judged:
-    """The one of two wordings with the lower loss after a training in both.
-
-    Args:
-        own: with the task's own words, by the plain model.
-        learnt: with learnt ones.
-        trained: the same wording after a training of this name.
-        plain_too: whether the plain model may be what comes of it: then a wording's loss is the lower of the two.
-    """
-    first = trained("own", own)
-    if plain_too:
-        first = replace(first, losses=min(own, first, key=_loss).losses)
-        if _loss(learnt) < _loss(first):
-            return learnt  # a training cannot make it lose
-    return min(first, trained("learnt", learnt), key=_loss)
 
 
 def _tuples(value: Any) -> Any:
