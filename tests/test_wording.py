@@ -23,7 +23,7 @@ from foreword.evaluation.words import LEAST_ROWS, learnt_words, next_logprobs
 from foreword.jobs.candidates import Task, Workshop
 from foreword.jobs.data import read_splits
 from foreword.jobs.tune import _Search
-from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, finalists, thinned
+from foreword.jobs.wording import CLOSINGS, Free, Judged, Wording, compared, finalists, preferred, thinned
 
 DATA = [{"text": text, "label": label} for text, label in ROWS]
 CLASSES = ("complaint", "no complaint")
@@ -137,6 +137,14 @@ def test_learnt_words_are_trained_where_they_are_better_than_chance() -> None:
     assert finalists([given_one, better, unsure], task) == [better]
 
 
+def test_own_words_stay_unless_others_are_better_by_more_than_chance() -> None:
+    own = judged("x", CLASSES, [1.0, 1.2, 0.9, 1.1])
+    luck, better = (judged("x", ("a", "b"), losses) for losses in ([0.1, 1.3, 1.0, 1.2], [0.8, 1.1, 0.8, 1.0]))
+    assert preferred(own, luck) is own
+    assert preferred(own, better) is better
+    assert preferred(own, own) is own
+
+
 def test_some_rows_of_many_are_looked_at_of_every_fold_its_share() -> None:
     folds = k_folds([str(i % 2) for i in range(1000)], 4, 0)
     found = thinned(folds)
@@ -180,8 +188,8 @@ def test_what_is_trained_and_loaded_speaks_in_the_chosen_wording(model_folder: P
 def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: str
 ) -> None:
-    """By the losses that the search then has of its first candidate, as all rows are looked at; none trains twice."""
-    told: list[tuple[Wording, float]] = []
+    """By losses that the search then has of its first candidate, as all rows are looked at; none trains twice."""
+    told: list[Judged] = []
     trainings: list[Any] = []
     trained, train = _Search._losses_in, Workshop.train
 
@@ -190,7 +198,7 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
 
     def listening(self: _Search, name: str, wording: Wording, folds: Any) -> Any:
         losses = trained(self, name, wording, folds)
-        told.append((wording, float(losses.mean())))
+        told.append(Judged(wording, losses))
         return losses
 
     def noting(self: Workshop, folder: Path, task: Task) -> Any:
@@ -202,14 +210,14 @@ def test_the_wording_that_a_trained_soft_prompt_does_better_in_is_chosen(
     monkeypatch.setattr(Workshop, "train", noting)
     rows = [{"text": f"{r['text']} {word}", "label": r["label"]} for word in ("fox", "dog") for r in DATA]
     tuned(model_folder, tmp_path / "run", {"trainings": 6, "untrained": untrained}, data=rows)
-    (_, first), (_, second) = told
-    assert first != second
-    best, loss = min(told, key=lambda t: t[1])
+    first, second = told
+    assert first.losses.tolist() != second.losses.tolist()
+    best = preferred(first, second)
     decided = json.loads((tmp_path / "run" / "search" / "wording.json").read_text())["wordings"][0]
-    assert (decided["template"], tuple(decided["words"])) == (best.template, best.words)
+    assert (decided["template"], tuple(decided["words"])) == best.wording.key
     assert decided["seconds"] > 0
     trials = json.loads((tmp_path / "run" / "tune.json").read_text())["trials"]
-    assert min(abs(t["loss"] - loss) for t in trials if t["folds"] == 2) < 1e-9
+    assert min(abs(t["loss"] - best.losses.mean()) for t in trials if t["folds"] == 2) < 1e-9
     assert len(trainings) == len(set(trainings)) > 4
 
 

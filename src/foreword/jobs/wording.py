@@ -133,7 +133,7 @@ def settle_wording(
         best, *rival = finalists(found, task)
         if rival:
             say(console, "wording: what a soft prompt that was trained in it says")
-            best = min(after_training("own", best), after_training("learnt", rival[0]), key=_loss)
+            best = preferred(after_training("own", best), after_training("learnt", rival[0]))
         say(console, f"wording: {best.wording}")
         chosen = replace(best.wording, seconds=round(time.monotonic() - began, 1))
         # Many rows choose well, and asking the plain model takes a pass a wording and fold.
@@ -184,7 +184,12 @@ def finalists(found: Sequence[Judged], task: Task) -> list[Judged]:
     """
     own = min((j for j in found if j.wording.words == task.words), key=_loss)
     best = min(found, key=_loss)
-    return [own, best] if beyond_chance(own.losses - best.losses) else [own]
+    return [own] if preferred(own, best) is own else [own, best]
+
+
+def preferred(own: Judged, learnt: Judged) -> Judged:
+    """The one with the task's own words, unless the other is better by more than chance: many were tried."""
+    return learnt if beyond_chance(own.losses - learnt.losses) else own
 
 
 def _tuples(value: Any) -> Any:
