@@ -126,25 +126,28 @@ def random_tables(seed: int, count: int, rows: int = 12, classes: int = 3) -> tu
     return rng.integers(0, classes, rows).tolist(), [rng.dirichlet(np.ones(classes), rows) for _ in range(count)]
 
 
-def penalised(
-    weights: Any, truth: list[int], tables: list[Any], prior_rows: float, rows: Sequence[float] = (1,) * 12
-) -> float:
-    """What the shares have least of: loss of the rows and of the prior, in nats."""
+def penalised(weights: Any, truth: list[int], tables: list[Any], prior_rows: Any, rows: Any) -> float:
+    """What the shares have least of: loss of the rows and of the prior's rows for each, in nats."""
     likelihoods = np.array([[table[i][own] for i, own in enumerate(truth)] for table in tables])
-    return float(-np.log(weights @ likelihoods) @ rows - prior_rows / len(tables) * np.log(weights).sum())
+    return float(-np.log(weights @ likelihoods) @ rows - prior_rows @ np.log(weights))
 
 
-@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from([3.0, 12.0, 100.0]), st.sampled_from([0.0, 0.7, 1.0]))
-def test_shares_are_what_a_general_optimiser_finds(seed: int, count: int, prior_rows: float, balance: float) -> None:
-    truth, tables = random_tables(seed, count)
-    rows = row_weights(truth, balance)
+@pytest.mark.parametrize(
+    ("kinds", "prior"), [((), [1 / 3] * 3), ("aaa", [1 / 3] * 3), ("aba", [1 / 4, 1 / 2, 1 / 4]), ("abc", [1 / 3] * 3)]
+)
+@given(st.integers(0, 10_000), st.sampled_from([3.0, 12.0, 100.0]), st.sampled_from([0.0, 0.7, 1.0]))
+def test_shares_are_what_a_general_optimiser_finds(
+    kinds: Sequence[str], prior: list[float], seed: int, prior_rows: float, balance: float
+) -> None:
+    truth, tables = random_tables(seed, 3)
+    given_rows, rows = prior_rows * np.array(prior), row_weights(truth, balance)
 
     def loss(logits: Any) -> float:
-        return penalised(scipy.special.softmax(logits), truth, tables, prior_rows, rows)
+        return penalised(scipy.special.softmax(logits), truth, tables, given_rows, rows)
 
-    wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(count), tol=1e-10).x)
-    found = shares(truth, tables, prior_rows, balance)
-    lost, least = (penalised(w, truth, tables, prior_rows, rows) for w in (found, wanted))
+    wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(3), tol=1e-10).x)
+    found = shares(truth, tables, prior_rows, balance, kinds)
+    lost, least = (penalised(w, truth, tables, given_rows, rows) for w in (found, wanted))
     assert found.sum() == pytest.approx(1)
     assert lost <= least + 1e-6
     assert found == pytest.approx(wanted, abs=1e-3)

@@ -48,15 +48,15 @@ def said(used: Any) -> np.ndarray[Any, Any]:
     return np.array([list(p.probabilities.values()) for p in used.predict([r["text"] for r in DATA])])
 
 
-def last_alone(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
+def last_alone(truth: Any, tables: list[Any], count: int, *_: Any) -> list[int]:
     return [len(tables) - 1] * count
 
 
-def last_two_and_first(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
+def last_two_and_first(truth: Any, tables: list[Any], count: int, *_: Any) -> list[int]:
     return [len(tables) - 1, len(tables) - 2, 0]
 
 
-def last_and_first(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
+def last_and_first(truth: Any, tables: list[Any], count: int, *_: Any) -> list[int]:
     return [len(tables) - 1, 0, 0]
 
 
@@ -176,7 +176,8 @@ def test_in_an_ensemble_it_is_a_member_like_others_and_a_resumed_search_makes_th
 def test_it_takes_the_place_of_no_trained_member(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def alternating(truth: Any, tables: list[Any], count: int, balance: float) -> list[int]:
+    def alternating(truth: Any, tables: list[Any], count: int, balance: float, trained: list[bool]) -> list[int]:
+        assert (trained[0], trained[-1]) == (True, False)
         return [(len(tables) - 1) * (i % 2) for i in range(count)]
 
     monkeypatch.setattr("foreword.jobs.tune.select", alternating)

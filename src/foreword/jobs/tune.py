@@ -303,8 +303,9 @@ class _Search:
         if tables[0] is None:
             return [min(range(len(found)), key=lambda i: found[i].loss)]
         told, truth = [t for t in tables if t is not None], found[0].outcome.truth
-        chosen = select(truth, told, self._most_members(), self.recipe.tune.balance)
-        trained = np.cumsum([found[i].candidate.trained for i in chosen])
+        kinds = [t.candidate.trained for t in found]
+        chosen = select(truth, told, self._most_members(), self.recipe.tune.balance, kinds)
+        trained = np.cumsum([kinds[i] for i in chosen])
         # Trained again it is another soft prompt; the model as it is stays the same one.
         return chosen[: np.searchsorted(trained, count, side="right")] if trained[-1] else chosen[:1]
 

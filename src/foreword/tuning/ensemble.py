@@ -7,6 +7,7 @@ shares together: by the rows alone some ensembles of 32 rows were a single, bad 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ Floats = NDArray[np.float64]
 TINY = 1e-6
 """Least probability of the true class in a loss: a single sure mistake must not decide."""
 PRIOR_ROWS = 12
-"""Rows that the prior for equal shares weighs as much as, in all."""
+"""Rows that the prior weighs as much as, in all."""
 STEPS = 300
 """Of expectation-maximisation."""
 
@@ -62,33 +63,47 @@ def beyond_chance(gains: Floats) -> bool:
     return bool(gains.mean() > gains.std(ddof=1) / len(gains) ** 0.5)
 
 
+def prior_shares(kinds: Sequence[object]) -> Floats:
+    """What each candidate's share is before a row is seen ``[K]``: equal between kinds ``[K]``, and within each.
+
+    So that many wordings of one model do not outvote a few trainings by their number.
+    """
+    counts = Counter(kinds)
+    return np.array([1 / (len(counts) * counts[kind]) for kind in kinds])
+
+
 def shares(
-    truth: Sequence[int], tables: Sequence[Floats], prior_rows: float = PRIOR_ROWS, balance: float = 0.0
-) -> Floats:
+    truth: Sequence[int], tables: Sequence[Floats], prior_rows: float = PRIOR_ROWS, balance: float = 0.0,
+    kinds: Sequence[object] = (),
+) -> Floats:  # fmt: skip
     """Weight of each candidate in the mean ``[K]``, above 0 and 1 in all.
 
     Args:
         truth: class of each row ``[n]``.
         tables: out-of-fold probabilities of each candidate ``[n, C]``.
-        prior_rows: rows that say nothing but that all are as good.
+        prior_rows: rows that say nothing but what ``prior_shares`` does.
         balance: of the rows' weights, see ``row_weights``.
+        kinds: of each candidate ``[K]``; none: all are of one.
     """
     each = np.array([likelihoods(truth, t) for t in tables])
-    rows, weights = row_weights(truth, balance), np.full(len(tables), 1 / len(tables))
+    rows, prior = row_weights(truth, balance), prior_shares(kinds or (None,) * len(tables))
+    weights = prior
     for _ in range(STEPS):
         joint = weights[:, None] * each
-        counts = (joint / joint.sum(axis=0) * rows).sum(axis=1) + prior_rows / len(tables)
+        counts = (joint / joint.sum(axis=0) * rows).sum(axis=1) + prior_rows * prior
         weights = counts / counts.sum()
     return weights
 
 
-def select(truth: Sequence[int], tables: Sequence[Floats], count: int, balance: float = 0.0) -> list[int]:
+def select(
+    truth: Sequence[int], tables: Sequence[Floats], count: int, balance: float = 0.0, kinds: Sequence[object] = ()
+) -> list[int]:
     """Indices of ``count`` members, the first the best alone; some may stand there several times.
 
     The rest have places by their shares (Webster's method): the first of them are what fewer members would be.
     See ``shares`` for the arguments.
     """
-    weights = shares(truth, tables, balance=balance)
+    weights = shares(truth, tables, balance=balance, kinds=kinds)
     chosen = [int(np.argmin([log_loss(truth, t, balance) for t in tables]))]
     while len(chosen) < count:
         places = np.bincount(chosen, minlength=len(tables))
