@@ -227,21 +227,31 @@ def context(job: Job) -> dict[str, Answer]:
 
 def tune(job: Job) -> dict[str, Answer]:
     """``foreword tune`` on the rows alone, in its own wording: ensemble and best member, with what it expects."""
-    out, bench = job.folder / "tune", job.bench
+    return searched(job, "tune", text="text")
+
+
+def tune_given(job: Job) -> dict[str, Answer]:
+    """``foreword tune`` in the template and label words that everybody has."""
+    return searched(job, "tune-given", {"wording": "given"}, template=job.data.template)
+
+
+def searched(job: Job, name: str, keys: Mapping[str, Any] | None = None, **data: str) -> dict[str, Answer]:
+    """The answers of one search: of its ensemble and of its best member alone."""
+    out, bench = job.folder / name, job.bench
     foreword.tune(
-        model=bench.keys, data=job.split.train, text="text", label="label", out=out,
-        tune={**bench.tune, "seed": job.seed}, train=bench.train, quiet=True,
+        model=bench.keys, data=job.split.train, label="label", out=out, **data,
+        tune={**bench.tune, **(keys or {}), "seed": job.seed}, train=bench.train, quiet=True,
     )  # fmt: skip
     said = json.loads((out / "tune.json").read_text())
     first = out / "members" / "00"
     found = {}
-    for name, folder, key in (
-        ("tune-single", first if first.is_dir() else out, "expected_single"),
-        ("tune-ensemble", out, "expected"),
+    for part, folder, key in (
+        ("single", first if first.is_dir() else out, "expected_single"),
+        ("ensemble", out, "expected"),
     ):
         labels = predicted(foreword.load(folder, model=bench.model, dtype=bench.dtype), job.split.test)
         facts = {"budget": bench.budget, "members": said["members"], "expected": stated(said[key])}
-        found[name] = Answer(labels, facts)
+        found[f"{name}-{part}"] = Answer(labels, facts)
     return found
 
 
@@ -302,10 +312,11 @@ CONTENDERS: dict[str, Callable[[Job], dict[str, Answer]]] = {
     "default": default,
     "context": context,
     "tune": tune,
+    "tune-given": tune_given,
 }
 """What ``--contenders`` takes, the cheapest first."""
 ANSWERS: dict[str, tuple[str, ...]] = {name: (name,) for name in CONTENDERS} | {
-    "tune": ("tune-single", "tune-ensemble")
+    name: (f"{name}-single", f"{name}-ensemble") for name in ("tune", "tune-given")
 }
 """The answers each of them gives."""
 DRAWLESS = ("majority", "zero-shot")

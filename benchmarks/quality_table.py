@@ -30,6 +30,8 @@ NAMES: dict[str, str] = {
     "context": "**`foreword train`**, context tuning",
     "tune-single": "**`foreword tune`**, its best member",
     "tune-ensemble": "**`foreword tune`**, ensemble",
+    "tune-given-single": "**`foreword tune`**, given wording, its best member",
+    "tune-given-ensemble": "**`foreword tune`**, given wording, ensemble",
 }
 BACKBONES = {"smollm2-135m": "SmolLM2-135M-Instruct, dequantised from Q4_1"}
 GOALS: tuple[tuple[str, str, str, float, float], ...] = (
@@ -40,7 +42,7 @@ GOALS: tuple[tuple[str, str, str, float, float], ...] = (
     ("raft_complaints", CROSS_VALIDATED, "macro_f1", 0.75, 0.82),
 )
 """Data set, size, metric, what must be reached and what is aimed at."""
-OURS = ("default", "context", "tune-single", "tune-ensemble")
+OURS = ("default", "context", "tune-single", "tune-ensemble", "tune-given-ensemble")
 METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 HEAD = """\
 # Results

@@ -22,6 +22,7 @@ import quality_table
 import results
 from quality_data import ALL, CROSS_VALIDATED, DataSet
 
+import foreword
 from conftest import write_csv
 
 WORDS = ("parcel", "invoice", "reply", "tweet", "fox", "dog", "praise", "quick")
@@ -177,11 +178,24 @@ def test_time_that_is_up_stops_before_the_next_cell(measure: Any, capsys: pytest
     assert "time is up" in capsys.readouterr().out
 
 
-def test_tune_answers_for_its_ensemble_and_its_best_member(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("contender", ["tune", "tune-given"])
+def test_tune_answers_for_its_ensemble_and_its_best_member(
+    measure: Any, monkeypatch: pytest.MonkeyPatch, contender: str
+) -> None:
+    asked: list[Any] = []
+    tune = foreword.tune
+
+    def noting(**keys: Any) -> Any:
+        asked.append((keys["tune"].get("wording"), keys.get("template"), keys.get("text")))
+        return tune(**keys)
+
+    monkeypatch.setattr(foreword, "tune", noting)
     found = measure(
-        "--seeds", "0", "--sizes", "4", "--contenders", "tune", "--tune-minutes", "0.5", "--tune-members", "2"
+        "--seeds", "0", "--sizes", "4", "--contenders", contender, "--tune-minutes", "0.5", "--tune-members", "2"
     )
-    assert [r["contender"] for r in found["runs"]] == ["tune-single", "tune-ensemble"]
+    assert [r["contender"] for r in found["runs"]] == [f"{contender}-single", f"{contender}-ensemble"]
+    template = quality_data.DATA[found["runs"][0]["data"]].template
+    assert asked == [(None, None, "text") if contender == "tune" else ("given", template, None)]
     for run in found["runs"]:
         for metric in ("accuracy", "macro_f1"):
             low, high = run["expected"][metric]["interval"]
