@@ -1,7 +1,8 @@
-"""How ``foreword tune`` puts the question: label words and the text before them, chosen before anything is trained.
+"""How ``foreword tune`` puts the question: label words and the text before them, chosen before the search.
 
 On the 50 RAFT complaints rows the wording moves macro-F1 more than method or learning rate (docs/log.md). Choices are
-compared by what the plain model says of rows that had no part in them. A template that somebody wrote stays.
+compared by what the plain model says of rows that had no part in them, the last two by what a training makes of them.
+A template that somebody wrote stays.
 """
 
 from __future__ import annotations
