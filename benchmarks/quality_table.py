@@ -62,10 +62,12 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
   how draws differ, not which test rows there are: 300 test rows by themselves are good to 0.03-0.06 in accuracy. A
   subset of test rows is the same for all contenders and seeds.
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
-  likeliest, and never writes anything else. `foreword tune` alone finds its own wording. Its runs are of several
-  days' code (docs/log.md): on SST-2's other draws than the first they have the shared words; there and on Subj's first
-  draw the model as it is was no candidate; there, on Subj's second and the first of AG News and CLINC150 members were
-  chosen greedily. In several wordings the model as it is was a candidate for the complaints and SST-2's draw 0 alone.
+  likeliest, and never writes anything else. `foreword tune` stands there twice: as it comes, with a template and label
+  words that it finds on the training rows, and with those that everybody has (*given wording*).
+- **Age.** The runs of `foreword tune` are of several days' code (docs/log.md). Today's are SST-2's draw 1 and, in the
+  given wording, its draw 0. The other draws in the given wording are older than the model as it is as a candidate and
+  chose members greedily, as did Subj's draws 0 and 1 and the first of AG News and CLINC150. Only the complaints and
+  SST-2 had members in several wordings.
 
 Contenders:
 
