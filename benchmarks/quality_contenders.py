@@ -227,7 +227,7 @@ def context(job: Job) -> dict[str, Answer]:
 
 def tune(job: Job) -> dict[str, Answer]:
     """``foreword tune`` on the rows alone, in its own wording: ensemble and best member, with what it expects."""
-    return searched(job, "tune", text="text")
+    return searched(job, "tune", {}, text="text")
 
 
 def tune_given(job: Job) -> dict[str, Answer]:
@@ -235,12 +235,12 @@ def tune_given(job: Job) -> dict[str, Answer]:
     return searched(job, "tune-given", {"wording": "given"}, template=job.data.template)
 
 
-def searched(job: Job, name: str, keys: Mapping[str, Any] | None = None, **data: str) -> dict[str, Answer]:
-    """The answers of one search: of its ensemble and of its best member alone."""
+def searched(job: Job, name: str, keys: Mapping[str, Any], **data: str) -> dict[str, Answer]:
+    """The answers of one search, with these ``tune`` keys: of its ensemble and of its best member alone."""
     out, bench = job.folder / name, job.bench
     foreword.tune(
         model=bench.keys, data=job.split.train, label="label", out=out, **data,
-        tune={**bench.tune, **(keys or {}), "seed": job.seed}, train=bench.train, quiet=True,
+        tune={**bench.tune, **keys, "seed": job.seed}, train=bench.train, quiet=True,
     )  # fmt: skip
     said = json.loads((out / "tune.json").read_text())
     first = out / "members" / "00"

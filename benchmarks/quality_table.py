@@ -160,11 +160,11 @@ def _cells(runs: Sequence[Run]) -> list[str]:
 
 def spread(values: Sequence[float]) -> str:
     """``mean ± half of the t-interval [least, most]``; of two values without the interval, of one the value."""
-    mean, extremes = statistics.mean(values), f"[{min(values):.3f}, {max(values):.3f}]"
-    if len(values) < 3:
-        return f"{mean:.3f} {extremes}" if len(values) == 2 else f"{mean:.3f}"
-    half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f} {extremes}"
+    shown = f"{statistics.mean(values):.3f}"
+    if len(values) > 2:
+        half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+        shown += f" ± {half:.3f}"
+    return shown if len(values) == 1 else f"{shown} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def _expectation(runs: Sequence[Run]) -> tuple[str, str]:

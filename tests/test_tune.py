@@ -133,19 +133,26 @@ def penalised(weights: Any, truth: list[int], tables: list[Any], prior_rows: Any
 
 
 @pytest.mark.parametrize(
-    ("kinds", "prior"), [((), [1 / 3] * 3), ("aaa", [1 / 3] * 3), ("aba", [1 / 4, 1 / 2, 1 / 4]), ("abc", [1 / 3] * 3)]
+    ("kinds", "prior"),
+    [
+        ((), [1 / 2, 1 / 2]),
+        ("aaa", [1 / 3] * 3),
+        ("aba", [1 / 4, 1 / 2, 1 / 4]),
+        ((), [1 / 4] * 4),
+        ("abcb", [1 / 3, 1 / 6, 1 / 3, 1 / 6]),
+    ],
 )
 @given(st.integers(0, 10_000), st.sampled_from([3.0, 12.0, 100.0]), st.sampled_from([0.0, 0.7, 1.0]))
 def test_shares_are_what_a_general_optimiser_finds(
     kinds: Sequence[str], prior: list[float], seed: int, prior_rows: float, balance: float
 ) -> None:
-    truth, tables = random_tables(seed, 3)
+    truth, tables = random_tables(seed, len(prior))
     given_rows, rows = prior_rows * np.array(prior), row_weights(truth, balance)
 
     def loss(logits: Any) -> float:
         return penalised(scipy.special.softmax(logits), truth, tables, given_rows, rows)
 
-    wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(3), tol=1e-10).x)
+    wanted = scipy.special.softmax(scipy.optimize.minimize(loss, np.zeros(len(prior)), tol=1e-10).x)
     found = shares(truth, tables, prior_rows, balance, kinds)
     lost, least = (penalised(w, truth, tables, given_rows, rows) for w in (found, wanted))
     assert found.sum() == pytest.approx(1)

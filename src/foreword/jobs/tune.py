@@ -135,7 +135,7 @@ class _Search:
         workshop = Workshop(self.recipe, replace(self.splits, task=task), self.workshop.backbone, self.console)
         outcomes = []
         for number, fold in enumerate(folds):
-            one = self._duel_task(name, number, fold, wording.fold_words[number])
+            one = self._first_task(name, number, fold, wording.fold_words[number])
             done = workshop.carry_out(one, self.out / SEARCH / one.name)
             done.write(self.out / SEARCH / one.name)
             outcomes += done.outcomes
@@ -143,7 +143,7 @@ class _Search:
         assert found.probabilities is not None, "the task has classes"
         return weighted_losses(found.truth, found.probabilities, self.recipe.tune.balance)
 
-    def _duel_task(self, name: str, number: int, fold: Fold, words: tuple[str, ...]) -> Task:
+    def _first_task(self, name: str, number: int, fold: Fold, words: tuple[str, ...]) -> Task:
         """The first candidate in a wording of this name, as a search on the rows of the folds trains it."""
         keep, out = fold
         epochs, group = self.workshop.epochs(len(keep) + len(out)), ((self.first, self.recipe.tune.seed),)
@@ -268,7 +268,7 @@ class _Search:
             # A first rung may come in two halves, whose candidates are counted from 0 both.
             name, title = f"rung-{number}/{len(self.trials)}/fold-{fold + 1}", f"rung {number + 1}, fold {fold + 1}"
             words = self.wording.fold_words[fold]
-            wanted += [(self._duel_task(self.wording.trained, fold, self.folds[fold], words), [i]) for i in mine]
+            wanted += [(self._first_task(self.wording.trained, fold, self.folds[fold], words), [i]) for i in mine]
             wanted += self._shared(proposed, *self.folds[fold], before[0].epochs, name, title, words, mine)
         for indices, done in self._carried_out(wanted):
             for i, outcome in zip(indices, done.outcomes, strict=True):

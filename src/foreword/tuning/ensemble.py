@@ -1,4 +1,4 @@
-"""Which soft prompts are averaged, and how often each: shares by expectation-maximisation, with a prior for equal ones.
+"""Which soft prompts are averaged, and how often each: shares by expectation-maximisation, with a prior.
 
 The shares under which the mean's out-of-fold probabilities are likeliest (Smyth & Wolpert 1999, "Linearly combining
 density estimators via stacking", Machine Learning 36). Few rows rank candidates badly, so a Dirichlet prior draws the
