@@ -64,8 +64,8 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
   likeliest, and never writes anything else. `foreword tune` stands there twice: as it comes, with a template and label
   words that it finds on the training rows, and with those that everybody has (*given wording*).
-- **Age.** The runs of `foreword tune` are of several days' code (docs/log.md). Today's are SST-2's draw 1 and, in the
-  given wording, its draw 0. The other draws in the given wording are older than the model as it is as a candidate and
+- **Age.** The runs of `foreword tune` are of several days' code (docs/log.md). Today's are SST-2's in its own wording and
+  draw 0 in the given one. The other draws in the given wording are older than the model as it is as a candidate and
   chose members greedily, as did Subj's draws 0 and 1 and the first of AG News and CLINC150. Only the complaints and
   SST-2 had members in several wordings.
 
