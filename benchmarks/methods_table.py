@@ -20,14 +20,14 @@ FACTS: dict[str, tuple[str, str]] = {
         "its paper's long trainings; behind at so few steps",
     ),
     "p-tuning (lstm)": ("rows and a two-layer LSTM over them", "the same"),
-    "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; level with the rows here"),
+    "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; not ahead of the rows here"),
     "low-rank": ("two factors of the rows", "many virtual tokens: numbers grow with P + H, not P x H"),
     "prefix-tuning": ("keys and values of every layer, from a text's", "several classes; nothing to read at a request"),
     "prefix-tuning (projection)": (
         "a network that makes keys and values",
         "the same, with 30 times the numbers to train",
     ),
-    "prefix-tuning (random start)": ("keys and values, from random rows", "only where there is no text to start from"),
+    "prefix-tuning (random start)": ("keys and values, from random rows", "where there is no text to start from"),
     "context-tuning": (
         "keys and values that reading some of the rows leaves",
         "few rows; `foreword tune` tries it first",
@@ -108,8 +108,8 @@ def _reading(result: Mapping[str, Any]) -> Iterator[str]:
     most = max(len([r for r in result["runs"] if (r["data"], r["variant"]) == pair]) for pair in _pairs(result))
     count = result["runs"][0]["test_rows"]
     yield f"Draws of training rows: {', '.join(map(str, seeds))}; up to {most} a cell, in brackets the range over them."
-    yield f"One on {count} test rows is good to about 0.06: read differences below that as none. Rates: the defaults of"
-    yield "then."
+    yield f"One on {count} test rows is good to about 0.06: read differences below that as none."
+    yield "Rates: each method's default on that day."
     yield "*Cached* tokens cost attention over their keys and values and no forward pass; `foreword compile` makes rows"
     yield "into such a prefix without training it again."
 
