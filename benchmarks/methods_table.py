@@ -20,7 +20,7 @@ FACTS: dict[str, tuple[str, str]] = {
         "its paper's long trainings; behind at so few steps",
     ),
     "p-tuning (lstm)": ("rows and a two-layer LSTM over them", "the same"),
-    "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; not ahead of the rows here"),
+    "residual": ("rows and a shared bottleneck that is added", "its paper's long trainings; not ahead here"),
     "low-rank": ("two factors of the rows", "many virtual tokens: numbers grow with P + H, not P x H"),
     "prefix-tuning": ("keys and values of every layer, from a text's", "several classes; nothing to read at a request"),
     "prefix-tuning (projection)": (
