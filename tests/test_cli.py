@@ -230,11 +230,19 @@ def test_a_missing_label_column_at_scoring_suggests_the_nearest(cli: Cli, done: 
     assert "Lable" in lines[2]
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
-    code = "import sys; sys.argv=['foreword','train','--help']\nfrom foreword.cli.main import main\n"
+@pytest.mark.parametrize("words", [["train", "--help"], ["--version"]])
+def test_help_is_quick_and_loads_no_torch(words: list[str]) -> None:
+    code = f"import sys; sys.argv={['foreword', *words]}\nfrom foreword.cli.main import main\n"
     code += "try: main()\nexcept SystemExit: print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False False")
+
+
+def test_versions_are_what_a_run_records(cli: Cli, done: Path) -> None:
+    code, out, _ = cli("--version")
+    assert code == 0
+    recorded = json.loads((done / "run" / "foreword.json").read_text())["versions"]
+    assert dict(line.split(" ") for line in out.splitlines()) == recorded
 
 
 def test_every_key_has_help(cli: Cli) -> None:

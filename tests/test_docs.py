@@ -34,7 +34,7 @@ def test_the_command_line_block_is_the_real_help() -> None:
     block = re.search(r"```console\n\$ foreword --help\n(.*?)```", README, re.S)
     assert block
     done = subprocess.run(
-        [sys.executable, "-m", "foreword", "--help"], capture_output=True, text=True, check=True,
+        [Path(sys.executable).with_name("foreword"), "--help"], capture_output=True, text=True, check=True,
         env={"COLUMNS": "80", "PATH": "/usr/bin", "TERM": "dumb"},
     )  # fmt: skip
     assert _squeezed(block.group(1)) == _squeezed(done.stdout)

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "foreword"
 LAYERS = [
-    {"errors", "config", "recipe", "records", "hub_errors"},
+    {"errors", "config", "recipe", "records", "hub_errors", "versions"},
     {"parallel"},
     {"data"},
     {"checks"},
@@ -29,7 +29,7 @@ LAYERS = [
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
-NO_TORCH = ["errors", "config", "recipe", "checks", "records", "hub_errors", "data", "tuning"]
+NO_TORCH = ["errors", "config", "recipe", "checks", "records", "hub_errors", "versions", "data", "tuning"]
 
 
 def part_of(file: Path) -> str:

@@ -26,7 +26,9 @@ def combine(
     model: o.Base = None,
     device: o.Device = "auto",
 ) -> None:
-    """Make one soft prompt of several of the same backbone, with the task of the first.
+    """Make one soft prompt, or an ensemble, of several.
+
+    They are of the same backbone, and the task is the first one's.
 
     An ensemble keeps them apart: classifiers of the same classes in one folder, whose probabilities are averaged.
     """

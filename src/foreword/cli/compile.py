@@ -16,7 +16,10 @@ def compile_(
     model: o.Base = None,
     device: o.Device = "auto",
 ) -> None:
-    """Read a soft prompt once and write its keys and values: the same soft prompt, free at every request."""
+    """Write a soft prompt's keys and values: free at every request.
+
+    It is the same soft prompt, read once.
+    """
     from rich.console import Console
 
     from foreword.cli.show import print_run

@@ -26,7 +26,7 @@ def distill(
     out: folder.Out = None,
     resume: folder.Resume = False,
 ) -> None:
-    """Make a long text, or few-shot examples, into a few virtual tokens that say the same."""
+    """Make a long text, or few-shot examples, into virtual tokens."""
     out = folder.given_folder(out)
     own = Recipe(prompt=PromptConfig(method="cartridge", virtual_tokens=32))
     base = folder.base_recipe(out, resume, own)

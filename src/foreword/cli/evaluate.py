@@ -22,7 +22,10 @@ def evaluate(
     revision: o.Revision = None,
     force: o.Force = False,
 ) -> None:
-    """Score a soft prompt on labelled rows, beside the majority class and the plain backbone."""
+    """Score a soft prompt on labelled rows, beside its baselines.
+
+    Those are the majority class and the plain backbone.
+    """
     import json
 
     from rich.console import Console

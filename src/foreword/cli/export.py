@@ -13,7 +13,7 @@ def export(
     file: Annotated[Path, typer.Argument(help="New: a .pt or .npy file, or a folder (no suffix).")],
     task: Annotated[int | None, typer.Option("--task", help="Whose, of an adapter of several tasks.")] = None,
 ) -> None:
-    """Write a soft prompt for other tools: its bare rows, or a plain PEFT folder."""
+    """Write a soft prompt for other tools: bare rows or plain PEFT."""
     from rich.console import Console
 
     from foreword.jobs.export import export as run_export

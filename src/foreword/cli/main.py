@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from typing import Annotated
 
 import typer
 
@@ -30,6 +31,7 @@ from foreword.cli import (
 )
 from foreword.errors import ForewordError
 from foreword.parallel.layout import own_rank
+from foreword.versions import library_versions
 
 SPEAK_SECONDS = 10.0  # on a loaded machine processes that start at once are seconds apart
 
@@ -47,6 +49,21 @@ for verb in (demo.demo, train.train, tune.tune, evaluate.evaluate, predict.predi
              multitask.multitask, export.export, push.push):  # fmt: skip
     app.command(verb.__name__.rstrip("_"))(verb)
 app.add_typer(recipes.app, name="recipes")
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        typer.echo("\n".join(f"{name} {version}" for name, version in library_versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_versions, help="Versions that matter; exit.")
+    ] = False,
+) -> None:
+    """What can be asked of the program itself, before any verb."""
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ def multitask(
     model: o.Model = None,
     resume: Resume = False,
 ) -> None:
-    """Train one shared soft prompt with factors for each of several tasks."""
+    """Train one shared soft prompt, with factors for each task."""
     from rich.console import Console
 
     from foreword.jobs.multitask import multitask as run

@@ -42,7 +42,9 @@ def predict(
     revision: o.Revision = None,
     force: o.Force = False,
 ) -> None:
-    """Classify rows: input columns, label, and one probability column a class.
+    """Classify rows.
+
+    Written are the input columns, the label, and one probability column a class.
 
     With --prompts each row is classified by the soft prompt it names: label, its probability p, all probabilities.
 

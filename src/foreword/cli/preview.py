@@ -18,7 +18,10 @@ def preview(
     template: o.Template = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
 ) -> None:
-    """Show exact token strings of some rows, and where the loss falls. Loads no weights."""
+    """Show the exact tokens of some rows, and where the loss falls.
+
+    Loads no weights.
+    """
     from rich.console import Console
     from rich.text import Text
 

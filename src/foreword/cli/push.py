@@ -14,7 +14,7 @@ def push(
     private: Annotated[bool, typer.Option("--private/--public", help="Who may read a new repository.")] = False,
     message: Annotated[str, typer.Option("--message", help="Commit message.")] = "Add soft prompt",
 ) -> None:
-    """Share a run on the hub: adapter, sidecar, model card and recipe."""
+    """Share a run on the hub: adapter, sidecar, card and recipe."""
     from foreword.artifact.hub import push as upload
 
     typer.echo(upload(run, repo, private, message))

@@ -41,7 +41,7 @@ def serve(
     stall_seconds: Annotated[float, _option("--stall-seconds", min=1)] = _DEFAULT.stall_seconds,
     grace: Annotated[float, _option("--grace", min=0)] = _DEFAULT.grace,
 ) -> None:
-    """Serve many soft prompts over one model, with an API like OpenAI's."""
+    """Serve many soft prompts by an API like OpenAI's, on one model."""
     import os
 
     from foreword.serving.settings import check_settings, with_environment

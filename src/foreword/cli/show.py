@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(run: Annotated[str, typer.Argument(help="Run or adapter folder, or hub id.")]) -> None:
-    """Show a run: task, backbone, scores beside their baselines, files."""
+    """Show a run: task, backbone, scores with baselines, files."""
     from rich.console import Console
 
     from foreword.artifact.hub import locate

@@ -22,7 +22,7 @@ def train(
     resume: folder.Resume = False,
     help_keys: Annotated[bool, typer.Option("--help-keys", help="List all key=value keys and stop.")] = False,
 ) -> None:
-    """Train a soft prompt on labelled rows, score it, and write the run folder."""
+    """Train a soft prompt on labelled rows, score it, write the run."""
     if help_keys:
         _print_keys()
         return

@@ -19,7 +19,10 @@ def transfer(
     from_model: Annotated[str | None, typer.Option("--from-model", help="The run's own backbone, if moved.")] = None,
     device: o.Device = "auto",
 ) -> None:
-    """Carry a soft prompt over to another backbone of the same family, without training."""
+    """Carry a soft prompt over to another backbone, without training.
+
+    The two are of the same family.
+    """
     from rich.console import Console
 
     from foreword.cli.combine import print_compared

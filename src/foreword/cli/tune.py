@@ -28,9 +28,10 @@ def tune(
     out: folder.Out = None,
     resume: folder.Resume = False,
 ) -> None:
-    """Search by cross-validation, then train an ensemble of the winners on all rows.
+    """Search by cross-validation, and make the winners an ensemble.
 
-    Nothing of the rows to score on is looked at before the end; the score to expect comes from the training rows.
+    The winners are trained on all rows. Nothing of the rows to score on is looked at before the end; the score to
+    expect comes from the training rows.
     """
     out = folder.given_folder(out)
     base = folder.base_recipe(out, resume)

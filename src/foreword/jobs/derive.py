@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from foreword.jobs.prepare import make_encoder
 from foreword.prompts.soft import SoftPrompt
 from foreword.records import Task
 from foreword.report.card import model_card
+from foreword.versions import library_versions
 
 PROOF_TOKENS = 48
-VERSIONS = ("foreword", "torch", "transformers", "tokenizers")
 TRAINED_ON = ("data_sha256", "label_counts")
 FORCE = ", or --force to use it all the same"
 KIND_TYPES = {"rows": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
@@ -164,8 +163,3 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
         "commit": getattr(backbone.model.config, "_commit_hash", None),
         "fingerprint": backbone.fingerprint.as_dict(),
     }
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that matter to a result."""
-    return {name: version(name) for name in VERSIONS}

@@ -25,7 +25,7 @@ from foreword.data.raft import filled_in
 from foreword.errors import ForewordError
 from foreword.evaluation.evaluate import Outcome, label_counts, pooled, run_plain, run_rows, scores_of, with_baselines
 from foreword.jobs.data import Splits, read_splits
-from foreword.jobs.derive import backbone_facts, library_versions
+from foreword.jobs.derive import backbone_facts
 from foreword.jobs.fewshot import FewShot, few_shot
 from foreword.jobs.prepare import Beginnings, beginnings, instruction, make_encoder, memory_explained, settle_tokens
 from foreword.jobs.report import Scored, write_report
@@ -44,6 +44,7 @@ from foreword.training.engine import choose_engine
 from foreword.training.optim import build_optimizer, build_schedule
 from foreword.training.progress import counting
 from foreword.training.state import Population, State, make_plan
+from foreword.versions import library_versions
 
 MEMBERS = "members"
 DATA_HASH = ".data.sha256"

@@ -18,7 +18,7 @@ from foreword.evaluation.intervals import for_new_rows
 from foreword.evaluation.metrics import token_loss
 from foreword.evaluation.together import averaged
 from foreword.jobs.candidates import Workshop
-from foreword.jobs.derive import backbone_facts, library_versions
+from foreword.jobs.derive import backbone_facts
 from foreword.jobs.prepare import instruction
 from foreword.jobs.report import Scored, write_report
 from foreword.prompts.methods.base import Method
@@ -27,6 +27,7 @@ from foreword.report.card import ensemble_card, model_card
 from foreword.report.facts import Spread
 from foreword.training.progress import counting
 from foreword.tuning.space import Candidate
+from foreword.versions import library_versions
 
 TUNED = "tune.json"
 
