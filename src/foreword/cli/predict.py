@@ -42,9 +42,9 @@ def predict(
     revision: o.Revision = None,
     force: o.Force = False,
 ) -> None:
-    """Classify rows.
+    """Classify rows: adds their label and probabilities as columns.
 
-    Written are the input columns, the label, and one probability column a class.
+    There is one column of probabilities a class.
 
     With --prompts each row is classified by the soft prompt it names: label, its probability p, all probabilities.
 
