@@ -26,7 +26,10 @@ def distill(
     out: folder.Out = None,
     resume: folder.Resume = False,
 ) -> None:
-    """Make a long text, or few-shot examples, into virtual tokens."""
+    """Make a long text, or few-shot examples, into virtual tokens.
+
+    They are few, and say the same.
+    """
     out = folder.given_folder(out)
     own = Recipe(prompt=PromptConfig(method="cartridge", virtual_tokens=32))
     base = folder.base_recipe(out, resume, own)
