@@ -316,6 +316,42 @@ def test_the_plain_model_writes_after_the_same_template(page: Any) -> None:
 
 
 @needs_chromium
+def test_what_is_typed_and_run_before_the_cards_are_there_is_kept_and_waits(page: Any, watched: Watched) -> None:
+    held: list[Any] = []
+    page.route(re.compile(f"/v1/models/(writer|{BASE})$"), lambda route: held.append(route))
+    pick(page, "writer")
+    page.get_by_role("button", name="Compare").click()
+    playwright.expect(page.get_by_role("combobox", name="Compare with")).to_be_focused()
+    field_ = page.get_by_label("Text", exact=True).first
+    field_.click()
+    page.keyboard.type(TEXT[:5])
+    page.get_by_role("button", name="Run").click()
+    field_.focus()
+    page.keyboard.type(TEXT[5:])
+    assert not [url for url in watched.requests if url.endswith("/v1/completions")]
+    with page.expect_request(lambda r: r.method == "POST" and r.post_data_json["model"] == BASE) as asked:
+        for route in held:
+            route.continue_()
+    playwright.expect(field_).to_be_focused()
+    playwright.expect(field_).to_have_value(TEXT)
+    assert asked.value.post_data_json["prompt"] == f"{TEXT} Label :"
+
+
+@needs_chromium
+def test_stop_ends_a_run_that_waits_for_a_card(page: Any, watched: Watched) -> None:
+    held: list[Any] = []
+    page.route("**/v1/models/writer", lambda route: held.append(route))
+    pick(page, "writer")
+    page.get_by_label("Text", exact=True).first.fill(TEXT)
+    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name="Stop").click()
+    playwright.expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    held[0].continue_()
+    page.get_by_label("Most tokens").wait_for()
+    assert not [url for url in watched.requests if url.endswith(("/v1/completions", "/v1/classify"))]
+
+
+@needs_chromium
 def test_errors_say_what_to_do(page: Any, watched: Watched) -> None:
     watched.expected = "Failed to load resource"
     pick(page, "writer")
