@@ -64,10 +64,11 @@ What a soft prompt is worth beside what it competes with, on the same rows. `ben
 - **Same words.** One template a data set for everybody (below); who speaks answers with the label words that are
   likeliest, and never writes anything else. `foreword tune` stands there twice: as it comes, with a template and label
   words that it finds on the training rows, and with those that everybody has (*given wording*).
-- **Age.** The runs of `foreword tune` are of several days' code (docs/log.md). The newest are SST-2's in its own
-  wording, draw 0 in the given one, and the complaints' division 0; division 1 shared the weights otherwise. The other
-  draws in the given wording are older than the model as it is as a candidate and chose members greedily, as did Subj's
-  draws 0 and 1 and the first of AG News and CLINC150. Only the complaints and SST-2 had members in several wordings.
+- **Age.** The runs of `foreword tune` are of several days' code (docs/log.md). The newest are, in their own wording,
+  SST-2's, TREC's without draw 4 and AG News's draw 2, in the given one SST-2's draw 0, and the complaints' division 0;
+  division 1 shared the weights otherwise. The other draws in the given wording are older than the model as it is as a
+  candidate and chose members greedily, as did Subj's draws 0 and 1 and the first of AG News and CLINC150. Only the
+  newest and the complaints had members in several wordings.
 
 Contenders:
 
